@@ -1,0 +1,264 @@
+"""Attacks: what they are given, what they give back, and the one loop of all iterated ones."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lit_adv.oracle import Access, AccessDenied, QueryOracle, evaluating
+from lit_adv.search import AttackResult, Search, State
+from lit_adv.threat import ThreatModel
+
+__all__ = ["Attack", "AttackResult", "IterativeAttack", "Search", "State"]
+
+Finished = Callable[[Tensor, AttackResult], None]
+
+
+class Attack(ABC):
+    """A search for adversarial images, set up by its constructor and free of any model.
+
+    Attributes:
+        threat: norm, radius and box.
+        access: the least it needs.
+        seed: of all its random numbers; a row's depend on (seed, image index, step) alone.
+    """
+
+    threat: ThreatModel
+    access: Access
+    seed: int = 0
+
+    @abstractmethod
+    def __call__(
+        self,
+        oracle: QueryOracle | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+        finished: Finished | None = None,
+    ) -> AttackResult:
+        """Attack a batch of images; pass many at once, for they share forwards.
+
+        Args:
+            oracle: the ledger around the model under attack; a bare module is wrapped with all access and no limit.
+            x: clean images (B, C, H, W), floating point, in the box.
+            y: true labels (B,) int64.
+            target: target classes (B,), or None for an untargeted attack.
+            index: places of the images in their data set, for random numbers; default ``arange(B)``.
+            finished: told (rows, their result) as rows end.
+
+        Raises:
+            ValueError: images, labels or targets that no attack can work on. AccessDenied: too little is granted.
+        """
+
+    def bind(self, model: nn.Module, **oracle: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """The attack on a fixed model: ``atk = attack.bind(model); x_adv = atk(images, labels)``.
+
+        Args:
+            model: images to logits. oracle: further arguments of :class:`QueryOracle`, e.g. ``budget=1000``.
+        """
+
+        def bound(images: Tensor, labels: Tensor) -> Tensor:
+            return self(QueryOracle(model, len(images), **oracle), images, labels).x_adv
+
+        return bound
+
+    def with_threat(self, threat: ThreatModel) -> Self:
+        """A copy under another threat model, all else equal."""
+        other = copy.copy(self)
+        other.threat = threat
+        return other
+
+    def fit(self, images: Tensor, labels: Tensor) -> None:
+        """Learn from training data; only some attacks do."""
+        return
+
+
+class IterativeAttack(Attack):
+    """An attack in steps, run over a pool of rows that is refilled as images finish.
+
+    A row leaves in the step that breaks it and a queued one takes its place, so forwards stay full; each row has its
+    own step counter and its own random numbers, so its result is the same alone and in any batch, up to rounding.
+
+    Attributes:
+        steps: most steps of a row in one start.
+        restarts: starts of a row, while it is unbroken.
+        minimizes_distance: False: a row ends at its first hit. True: the nearest hit is kept.
+        stop_at_hit: False, for a paper's tables: run all steps and keep the last hit; the first is noted all the same.
+        needs_whole_step: False where every sample of a step is a candidate by itself, so that a budget that ends
+            within a step is spent to the last query.
+    """
+
+    steps: int
+    restarts: int = 1
+    minimizes_distance: bool = False
+    stop_at_hit: bool = True
+    needs_whole_step: bool = True
+
+    @abstractmethod
+    def start(self, search: Search, rows: Tensor) -> State:
+        """The state of rows about to begin, (n,) places in the caller's batch; may be empty."""
+
+    @abstractmethod
+    def step(self, search: Search, state: State) -> State:
+        """One step of every row; a row's own step number is ``state.t``."""
+
+    @abstractmethod
+    def cost(self, shape: torch.Size, state: State | None = None) -> int:
+        """Images each row may ask about in its next step; without a state the typical number."""
+
+    def __call__(
+        self,
+        oracle: QueryOracle | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+        finished: Finished | None = None,
+    ) -> AttackResult:
+        if not isinstance(oracle, QueryOracle):
+            oracle = QueryOracle(oracle, len(x))
+        check_images(x, self.threat, oracle.device)
+        y, target = check_labels(y, target, x)
+        if oracle.access < self.access:
+            raise AccessDenied(
+                f"{type(self).__name__} needs {self.access.name} access and was granted {oracle.access.name}: grant "
+                "more, or choose an attack that needs less"
+            )
+        if len(oracle.queries) != len(x):
+            raise ValueError(
+                f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images"
+            )
+        with attacking(oracle.model) as was_training, torch.no_grad():
+            if was_training:
+                warnings.warn(
+                    f"{type(oracle.model).__name__} was in training mode: it is attacked in eval mode and restored",
+                    stacklevel=2,
+                )
+            x = x.clone()  # an inference-mode tensor cannot enter a graph
+            oracle.index = (
+                torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
+            )
+            search = Search(self, oracle, x, y, target, oracle.index, finished)
+            return self._run(search, torch.arange(len(x), device=x.device))
+
+    def _run(self, search: Search, waiting: Tensor) -> AttackResult:
+        state = self.start(search, waiting[:0])
+        each = max(1, self.cost(search.x0.shape[1:]))
+        while len(state) or len(waiting):
+            room = max(1, search.oracle.chunk // each) - len(state)  # rows whose queries fill one forward
+            if room > 0 and len(waiting):
+                state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
+            state, anew = search.retire(state)
+            waiting = torch.cat([waiting, anew])
+            if len(state):
+                state = self.step(search, state)
+                state.t = state.t + (~state.inside).long()
+        return search.result()
+
+    def perturb(
+        self,
+        oracle: QueryOracle | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Just the steps, nothing watched and nothing checked: adversarial images for training, (B, C, H, W).
+
+        Args:
+            index: None draws fresh numbers from torch's generator at every call.
+        """
+        if not isinstance(oracle, QueryOracle):
+            oracle = QueryOracle(oracle, len(x), chunk=max(1, len(x)))
+        seed = self.seed
+        if index is None:
+            seed, index = int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device)
+        with attacking(oracle.model), torch.no_grad():
+            x = x.detach().clone()
+            search = Search(self, oracle, x, y, target, index, watch=False)
+            search.seed = seed
+            state = self.start(search, torch.arange(len(x), device=x.device))
+            while int(state.t[0]) < self.steps if len(state) else False:
+                state = self.step(search, state)
+                state.t = state.t + (~state.inside).long()
+        return state.x.detach()
+
+
+@contextmanager
+def attacking(model: nn.Module) -> Iterator[bool]:
+    """Eval mode (restored), no inference mode, no float16 autocast, in which small gradients vanish; bf16 stays.
+
+    Yields whether the model was in training mode.
+    """
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    with (
+        evaluating(model) as was_training,
+        torch.inference_mode(False),
+        torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not half),
+    ):
+        yield was_training
+
+
+def check_images(x: Tensor, threat: ThreatModel, device: torch.device | None = None) -> None:
+    """Refuse what is not a batch of images in the box, naming the remedy.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: wrong rank, device, NaN, or values outside the box.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"images must be a floating-point tensor in {list(threat.box)}, got {kind}: divide uint8 by 255"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"images must be (B, C, H, W), got shape {tuple(x.shape)}")
+    if device is not None and x.device.type != device.type:
+        raise ValueError(f"images are on {x.device} and the model on {device}: move one to the other")
+    if not len(x):
+        return
+    if not x.isfinite().all():
+        raise ValueError(f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} images hold NaN or inf")
+    low, high = threat.box
+    if x.min() < low or x.max() > high:
+        raise ValueError(
+            f"images must lie in [{low:g}, {high:g}], got values in [{x.min():.3g}, {x.max():.3g}]: put the "
+            "normalisation inside the model, and divide 8-bit images by 255"
+        )
+
+
+def check_labels(y: Tensor, target: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels and targets as int64 on the images' device.
+
+    Raises:
+        ValueError: not one non-negative whole number per image, or a target that is the label.
+    """
+    checked = []
+    for name, value in (("y", y), ("target", target)):
+        if value is None:
+            checked.append(None)
+            continue
+        if value.shape != (len(x),) or value.is_floating_point() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must hold one class index per image, shape ({len(x)},) of integers, "
+                f"got shape {tuple(value.shape)} of {value.dtype}"
+            )
+        if len(value) and int(value.min()) < 0:
+            raise ValueError(f"{name} holds the negative class {int(value.min())}")
+        checked.append(value.to(x.device, torch.int64).clone())
+    labels, targets = checked
+    assert labels is not None
+    if targets is not None and bool((labels == targets).any()):
+        place = int((labels == targets).nonzero()[0])
+        raise ValueError(
+            f"target equals the label {int(labels[place])} of image {place}: choose another class"
+        )
+    return labels, targets

@@ -1,0 +1,272 @@
+"""The command lines of train.py and evaluate.py: the only place that knows LightningCLI."""
+
+import datetime
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import rich
+import torch
+import yaml
+from lit_adv.suggestions import explain
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from torch import nn
+
+from lit_adv.callbacks import AttackEvaluation
+from lit_adv.datamodules import ImageDataModule
+from lit_adv.report import Report
+from lit_adv.tasks import Checkpoint, Classification, Task, export_checkpoint, load_weights
+
+Arguments = Sequence[str] | None
+
+
+def train_main(args: Arguments = None) -> None:
+    """Run ``train.py``: fit or validate a task that a configuration describes.
+
+    Args:
+        args: Command line; ``None``: the process's own.
+    """
+    _run(lambda: TrainCLI(args))
+
+
+def evaluate_main(args: Arguments = None) -> None:
+    """Run ``evaluate.py``: attack a trained network, print the table, write the report.
+
+    Args:
+        args: Command line; ``None``: the process's own.
+    """
+    _run(lambda: EvaluateCLI(args).evaluate())
+
+
+def under_test(
+    checkpoint: Path | None = None, module: nn.Module | None = None, allow: Sequence[str] = ()
+) -> LightningModule:
+    """The network to evaluate, as a task.
+
+    Args:
+        checkpoint: Checkpoint written by training; with ``module`` too, its weights are put into that module.
+        module: Any network from images in [0, 1] to logits, by its class path.
+        allow: Further packages whose classes the checkpoint may name, if you trust them.
+
+    Raises:
+        ValueError: If neither is given.
+        FileNotFoundError: If there is no such checkpoint.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    if module is None and checkpoint is None:
+        raise ValueError("nothing to evaluate: give --model.checkpoint PATH or --model.module CLASS_PATH")
+    if module is None:
+        assert checkpoint is not None
+        return Classification(Checkpoint(checkpoint, allow=allow))
+    return Classification(module if checkpoint is None else load_weights(module, checkpoint))
+
+
+class Parser(LightningArgumentParser):
+    """Answers a faulty configuration with one error that names the nearest valid class or key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {explain(message, self)}\n")
+        sys.exit(2)
+
+
+class AdvCLI(LightningCLI):
+    """What both command lines share: defaults, the name of the run, its logger."""
+
+    def __init__(self, model: type[LightningModule] | Callable[..., LightningModule], **kwargs: Any) -> None:
+        super().__init__(
+            model,
+            ImageDataModule,
+            trainer_defaults={"inference_mode": False},  # attacks in validation and test need gradients
+            seed_everything_default=0,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the name of the run."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run; default: the first configuration's.",
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer."""
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run: given, or that of the first configuration file."""
+        if name := self._get(self.config, "name"):
+            return str(name)
+        configs = self._get(self.config, "config") or []
+        return Path(str(configs[0])).stem if configs else "run"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with its logger, runs/<name>, unless the configuration has another."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            from pytorch_lightning.loggers import TensorBoardLogger
+
+            root = config.get("default_root_dir") or "runs"
+            kwargs["logger"] = TensorBoardLogger(save_dir=root, name=self.run_name)
+        return super().instantiate_trainer(**kwargs)
+
+
+class TrainCLI(AdvCLI):
+    """``train.py``: subcommands fit and validate."""
+
+    def __init__(self, args: Arguments = None) -> None:
+        super().__init__(Task, subclass_mode_model=True, args=args)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """What can be run, and which of the trainer's arguments come from the configuration instead."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the length of training and where the trained network is put."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--epochs",
+            type=int | None,
+            default=None,
+            help="Epochs of training; trainer.max_epochs goes before it.",
+        )
+        parser.add_argument(
+            "--save_as",
+            type=Path | None,
+            default=None,
+            help="File for the best weights, without training state.",
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build everything; the task notes the configuration it came from."""
+        super().instantiate_classes()
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.model.remember(plain[self.subcommand]["model"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, keeping the epoch that is best on validation images."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("max_epochs") is None:
+            kwargs["max_epochs"] = self._get(self.config, "epochs")
+        callbacks = _as_list(config.get("callbacks"))
+        wanted = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+        if wanted and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, best_epoch(callbacks)]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Put the best weights where the configuration wants them."""
+        target = self._get(self.config, "save_as")
+        if target is None or self.trainer.fast_dev_run:
+            return
+        keeper = self.trainer.checkpoint_callback
+        if not isinstance(keeper, ModelCheckpoint) or not keeper.best_model_path:
+            raise ValueError(
+                f"save_as {target} needs a checkpoint of the run: set trainer.enable_checkpointing: true"
+            )
+        if self.trainer.is_global_zero:
+            export_checkpoint(Path(keeper.best_model_path), Path(target))
+            print(f"best weights, from {keeper.best_model_path}: {target}")
+
+
+class EvaluateCLI(AdvCLI):
+    """``evaluate.py``: the attacks are callbacks of the trainer's test."""
+
+    def __init__(self, args: Arguments = None) -> None:
+        super().__init__(under_test, run=False, args=args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where the report is put."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--report", type=Path | None, default=None, help="Folder of the report; default: the run's own."
+        )
+
+    def evaluate(self) -> Report | None:
+        """Test and attack the network, print the table, write the report; ``None`` on all processes but the first."""
+        self.trainer.test(self.model, self.datamodule, verbose=False)
+        attacks = [callback for callback in self.trainer.callbacks if isinstance(callback, AttackEvaluation)]
+        if not self.trainer.is_global_zero:
+            return None
+        report = Report(
+            [attack.outcome for attack in attacks], self.model_name, self.datamodule.name, _facts()
+        )
+        rich.print(report.table())
+        folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"
+        for path in report.write(Path(folder)).values():
+            print(path)
+        return report
+
+    @property
+    def model_name(self) -> str:
+        """Name of the network in the report: its checkpoint's, else its class's."""
+        checkpoint = self.config.model.checkpoint
+        return Path(checkpoint).stem if checkpoint else type(self.model.model).__name__
+
+
+def best_epoch(callbacks: Sequence[Callback]) -> ModelCheckpoint:
+    """Keeps the epoch of best robust accuracy under the first probe, or of best accuracy if none probes.
+
+    Args:
+        callbacks: The trainer's others, probes among them.
+    """
+    probe = next((callback for callback in callbacks if isinstance(callback, AttackEvaluation)), None)
+    return ModelCheckpoint(
+        monitor=f"val/robust_accuracy/{probe.name}" if probe else "val/accuracy",
+        mode="max",
+        filename="epoch{epoch:03d}",
+        auto_insert_metric_name=False,  # the slash in the metric's name would make folders
+        every_n_epochs=probe.every_n_epochs if probe else 1,
+        save_last=True,
+    )
+
+
+def _facts() -> dict[str, str]:
+    """What a reader needs to know about where the figures come from."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "lit_adv": version("lit_adv"),
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+    }
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _run(main: Callable[[], object]) -> None:
+    """Run a command line; an error that this package raised on purpose is told in one line."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if Path(__file__).parent not in raised_in.parents:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Defences, one file each; the contract is :class:`lit_adv.defense.Defense`."""

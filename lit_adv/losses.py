@@ -1,0 +1,106 @@
+"""What an attacker ascends, one value per row: larger is better for the attacker, targeted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor | None, int | None], Tensor]
+"""``(scores (n, [s,] K), y (n,), target (n,) or None, reject column or None) -> (n, [s])``."""
+
+
+def is_adversarial(
+    label: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None
+) -> Tensor:
+    """Whether a decision is a win for the attacker.
+
+    Untargeted: neither the true class nor a refusal. Targeted: the target class.
+
+    Shape: ``label`` (n,) or (n, s); ``y`` and ``target`` (n,) -> bool of the shape of ``label``.
+    """
+    if target is not None:
+        return label == _like(target, label)
+    won = label != _like(y, label)
+    return won if reject is None else won & (label != reject)
+
+
+def cross_entropy(
+    scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None
+) -> Tensor:
+    """Cross-entropy of the true class, or minus that of the target; a refusal counts as the true class.
+
+    Written as ``softplus(logsumexp of the others - own)``: equal in value to the usual form, but its gradient does
+    not cancel to zero where the network is sure of itself.
+
+    Shape: scores (n, [s,] K) -> (n, [s]).
+    """
+    if target is not None:
+        own, others = _split(scores, target, None)
+        return -F.softplus(others.logsumexp(-1) - own.logsumexp(-1))
+    own, others = _split(scores, y, reject)
+    return F.softplus(others.logsumexp(-1) - own.logsumexp(-1))
+
+
+def margin(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+    """Best wrong class minus the true one (or the refusal, if larger); target minus best other.
+
+    Positive exactly when the attacker has won.
+
+    Shape: scores (n, [s,] K) -> (n, [s]).
+    """
+    own, others = _split(scores, y if target is None else target, reject if target is None else None)
+    gap = others.amax(-1) - own.amax(-1)
+    return gap if target is None else -gap
+
+
+def hinge(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+    """The margin cut at 0: once the attacker has won there is nothing more to win.
+
+    Shape: scores (n, [s,] K) -> (n, [s]).
+    """
+    return margin(scores, y, target, reject).clamp_max(0)
+
+
+def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+    """Difference of logits ratio: the margin, free of the logits' shift and scale.
+
+    Untargeted: ``(max other - z_y) / (z_(1) - z_(3))``. Targeted: ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
+
+    Raises:
+        ValueError: fewer than 3 classes, or 4 if targeted: the ratio does not exist.
+    References:
+        Croce & Hein 2020, https://arxiv.org/abs/2003.01690, equations (6) and (7).
+    """
+    needed = 3 if target is None else 4
+    if scores.shape[-1] < needed:
+        raise ValueError(
+            f"the DLR loss needs at least {needed} classes, got {scores.shape[-1]}: use the margin"
+        )
+    top = scores.topk(needed, dim=-1).values
+    if target is None:
+        return margin(scores, y, None, reject) / (top[..., 0] - top[..., 2]).clamp_min(1e-12)
+    gap = _column(scores, target) - _column(scores, y)
+    return gap / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2).clamp_min(1e-12)
+
+
+def _like(label: Tensor, shaped: Tensor) -> Tensor:
+    return label.view(-1, *[1] * (shaped.dim() - 1))
+
+
+def _column(scores: Tensor, label: Tensor) -> Tensor:
+    place = label.view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
+    return scores.gather(-1, place).squeeze(-1)
+
+
+def _split(scores: Tensor, label: Tensor, reject: int | None) -> tuple[Tensor, Tensor]:
+    """The scores of the label (and the refusal), and those of all others with the former at minus infinity."""
+    own = _column(scores, label).unsqueeze(-1)
+    mask = F.one_hot(label, scores.shape[-1]).bool()
+    if reject is not None:
+        own = torch.cat([own, scores[..., reject : reject + 1]], -1)
+        mask[:, reject] = True
+    mask = mask.view(len(label), *[1] * (scores.dim() - 2), -1)
+    return own, scores.masked_fill(mask, -torch.inf)

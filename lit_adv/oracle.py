@@ -1,0 +1,456 @@
+"""What an attacker may ask, how often, and how much it has asked: a counter around any model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_adv.draws import Draws
+
+Output = Literal["logits", "log_probs", "probs", "labels"]
+Surrogate = str | Callable[[Tensor], Tensor]
+
+
+class Access(IntEnum):
+    """What an answer tells; each includes those below it."""
+
+    LABEL = 0
+    PROBS = 1
+    LOGITS = 2
+    GRADIENT = 3
+
+
+class AccessDenied(PermissionError):
+    """The attack asked for more than it was granted."""
+
+
+class QueryBudgetExceeded(RuntimeError):
+    """The attack asked for images that its budget does not cover; nothing was asked or charged."""
+
+
+class Chunk:
+    """The number of images in one forward: given, or found from the forwards that are made anyway.
+
+    The size doubles while that raises the images per second, so that no image is sent just to measure; out of
+    memory halves it for good.
+    """
+
+    def __init__(self, size: int | None, device: torch.device) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"chunk must be at least 1 image per forward or None, got {size}")
+        self.settled = size is not None
+        self.limit = 1024 if device.type == "cpu" else 16384
+        self.size = size if size is not None else (64 if device.type == "cpu" else 256)
+        self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
+
+    def observe(self, images: int, seconds: float) -> None:
+        """Learn from a forward; only full ones count, and the first at each size is a warm-up."""
+        if self.settled or images != self.size:
+            return
+        self._seen += 1
+        if self._seen > 1:
+            self._best = max(self._best, images / max(seconds, 1e-9))
+        if self._seen < 4:
+            return
+        if self._best < 1.05 * self._previous_rate:
+            self.size, self.settled = self.size // 2, True
+        elif 2 * self.size > self.limit or images / self._best > 0.25:
+            self.settled = True
+        else:
+            self.size, self._previous_rate = 2 * self.size, self._best
+        self._best, self._seen = 0.0, 0
+
+    def halve(self) -> None:
+        """One step down after running out of memory; raises again where one image is too much."""
+        if self.size == 1:
+            raise torch.OutOfMemoryError(
+                "out of memory with a single image in the forward: use a smaller model"
+            )
+        self.size, self.settled = self.size // 2, True
+
+
+class QueryOracle:
+    """Charges before it asks the model; raises rather than overspend or tell more than was granted.
+
+    An ``x`` that requires grad demands GRADIENT and goes through the surrogate: the model's own, unless the attacker
+    brings another. Any other ``x`` runs the deployed forward without grad. One oracle serves one call of an attack.
+
+    Args:
+        model: images (n, C, H, W) in [0, 1] to logits (n, K); a :class:`~lit_adv.defense.Defense` or any module.
+        rows: images in the caller's batch; the ledger has one entry for each.
+        access: what is granted.
+        budget: images that may be asked per row, None for no limit.
+        chunk: images per forward; None finds the fastest on the way.
+        surrogate: what gradients go through instead of the model's own: a method's name or a function.
+        answers: answers averaged per image of a random model, each charged.
+        confirm: fresh deployed answers whose average must agree before a hit counts, where an answer is not the
+            deployed one or not its last word (``fast``, a surrogate brought along, stochastic). None: 1, or 31
+            where the model is stochastic.
+        fast: a cheaper stand-in for the model (bf16, say) that answers the search.
+        output: what the model returns.
+        floor: smallest probability before the logarithm, where the model returns probabilities.
+        index: places of the rows in their data set, for a random model's draws; default ``arange(rows)``.
+        seed: of a random model's draws.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int,
+        access: Access = Access.GRADIENT,
+        budget: int | None = None,
+        chunk: int | Chunk | None = None,
+        surrogate: Surrogate | None = None,
+        answers: int = 1,
+        confirm: int | None = None,
+        fast: nn.Module | None = None,
+        output: Output = "logits",
+        floor: float = 1e-30,
+        index: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_numbers(budget, answers, confirm, floor, output)
+        self.model, self.access, self.budget = model, Access(access), budget
+        self.answers, self.fast, self.output, self.floor, self.seed = answers, fast, output, floor, seed
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.chunk_tuner = chunk if isinstance(chunk, Chunk) else Chunk(chunk, self.device)
+        self.stochastic: bool = bool(getattr(model, "stochastic", False))
+        self.reject: int | None = getattr(model, "reject", None)
+        self.queries = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.index = torch.arange(rows) if index is None else index
+        self._surrogate = _surrogate_of(model, surrogate)
+        self.confirmations = confirm if confirm is not None else (31 if self.stochastic else 1)
+        self.doubtful = self.stochastic or fast is not None or surrogate is not None
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._asked = False
+
+    @property
+    def chunk(self) -> int:
+        """Images per forward at present."""
+        return self.chunk_tuner.size
+
+    def remaining(self, rows: Tensor) -> Tensor:
+        """Images that each of ``rows`` may still ask about, (n,) int64; a very large number if unlimited."""
+        if self.budget is None:
+            return torch.full_like(rows, 2**62)
+        return (self.budget - self.queries[rows]).div(self.answers, rounding_mode="floor")
+
+    def charge(self, rows: Tensor, images: int) -> None:
+        """Book ``images`` per row; raises :class:`QueryBudgetExceeded` and books nothing if that is too much."""
+        if self.budget is not None:
+            after = self.queries.index_add(0, rows, torch.full_like(rows, images))
+            if len(rows) and int(after[rows].max()) > self.budget:
+                row = int(rows[after[rows].argmax()])
+                raise QueryBudgetExceeded(
+                    f"{images} more queries were asked for image {row}, which has {int(self.queries[row])} of its "
+                    f"budget of {self.budget} behind it: ask oracle.remaining(rows) first"
+                )
+            self.queries = after
+        else:
+            self.queries.index_add_(0, rows, torch.full_like(rows, images))
+
+    def label(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Deployed decisions; of a random model the majority of ``answers``.
+
+        Shape: x (n, C, H, W) or (n, s, C, H, W), rows (n,) -> (n,) or (n, s).
+        """
+        flat, flat_rows = _flat(x, rows)
+        draws = self._draws(flat_rows)
+        self.charge(flat_rows, self.answers)
+        if draws is None or self.answers == 1:
+            return self._labels(flat, draws).view(x.shape[:-3])
+        votes = [self._labels(flat, draws.later(number)) for number in range(self.answers)]
+        return torch.stack(votes, -1).mode(-1).values.view(x.shape[:-3])
+
+    def scores(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits, or log-probabilities where only probabilities are granted or given; float32 at least.
+
+        Shape: x (n, C, H, W) or (n, s, C, H, W), rows (n,) -> (n, K) or (n, s, K).
+        Raises:
+            AccessDenied: gradients (``x`` requires grad) or scores beyond what was granted.
+        """
+        wanted = Access.GRADIENT if x.requires_grad else Access.PROBS
+        if self.access < wanted:
+            raise AccessDenied(
+                f"this attack needs {wanted.name} access and was granted {self.access.name}: grant more, or choose "
+                "an attack that needs less"
+            )
+        flat, flat_rows = _flat(x, rows)
+        draws = self._draws(flat_rows)
+        self.charge(
+            flat_rows, 1 if x.requires_grad else self.answers
+        )  # gradients are averaged by eot instead
+        if x.requires_grad:
+            answer = _Differentiable.apply(flat, self, draws)
+        else:
+            answer = self._in_chunks(self._fast_or_deployed, flat, draws)
+        answer = self._as_scores(answer)
+        self.nonfinite += answer.detach().isnan().any(-1).sum()
+        return answer.view(*x.shape[:-3], answer.shape[-1])
+
+    def confirm(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Labels by the average of ``confirmations`` fresh deployed answers, each charged.
+
+        Shape: x (m, C, H, W), rows (m,) without repeats -> (m,) int64; -1 where the budget does not cover it.
+        """
+        labels = torch.full_like(rows, -1)
+        paid = torch.ones_like(rows, dtype=torch.bool)
+        if self.budget is not None:
+            paid = self.queries[rows] + self.confirmations <= self.budget
+        if paid.any():
+            draws = self._draws(rows[paid])
+            self.charge(rows[paid], self.confirmations)
+            labels[paid] = self._in_chunks(self._averaged_label, x[paid], draws)
+        return labels
+
+    def _averaged_label(self, x: Tensor, draws: Draws | None) -> Tensor:
+        if self.stochastic:
+            averaged: Tensor = self.model.averaged(x, self.confirmations, draws=draws)  # type: ignore[operator]
+            return averaged.argmax(-1)
+        return self._decide(self._deployed(x, draws))
+
+    def _labels(self, flat: Tensor, draws: Draws | None) -> Tensor:
+        ask = self._deployed if self.fast is None else (lambda x, _: self._fast(x))
+        return self._decide(self._in_chunks(ask, flat, draws))
+
+    def _decide(self, answer: Tensor) -> Tensor:
+        return answer.view(len(answer)).long() if self.output == "labels" else answer.argmax(-1)
+
+    def _draws(self, flat_rows: Tensor) -> Draws | None:
+        """A random model's numbers for these queries, keyed by image index and number of the query."""
+        if not self.stochastic:
+            return None
+        number = self.queries[flat_rows] + _occurrence(flat_rows) * self.answers
+        return Draws(self.seed, self.index.to(flat_rows.device)[flat_rows], number, key=-1)
+
+    def _fast_or_deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
+        if self.answers > 1 and self.stochastic:
+            return self.model.averaged(x, self.answers, draws=draws)  # type: ignore[operator]
+        return self._deployed(x, draws) if self.fast is None else self._fast(x)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        assert self.fast is not None
+        return self.fast(x)
+
+    def _deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return self.model(x) if draws is None else self.model(x, draws=draws)
+
+    def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)  # type: ignore[call-arg]
+
+    def _in_chunks(
+        self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None
+    ) -> Tensor:
+        """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
+        parts: list[Tensor] = []
+        done = 0
+        with torch.no_grad():
+            while done < len(flat):
+                part = flat[done : done + self.chunk]
+                keyed = (
+                    None if draws is None else draws[torch.arange(done, done + len(part), device=flat.device)]
+                )
+                try:
+                    parts.append(self._timed(ask, part, keyed))
+                except torch.OutOfMemoryError:
+                    self.chunk_tuner.halve()
+                    continue
+                done += len(part)
+        if not parts:
+            return self._timed(ask, flat, None if draws is None else draws)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _timed(
+        self, ask: Callable[[Tensor, Draws | None], Tensor], part: Tensor, draws: Draws | None
+    ) -> Tensor:
+        if self.chunk_tuner.settled:
+            return self._checked(ask(part, draws), len(part))
+        _wait(part.device)
+        begun = time.perf_counter()
+        answer = ask(part, draws)
+        _wait(part.device)
+        self.chunk_tuner.observe(len(part), time.perf_counter() - begun)
+        return self._checked(answer, len(part))
+
+    def _checked(self, answer: Tensor, images: int) -> Tensor:
+        if not self._asked:
+            check_answer(answer, images, self.output, self.model)
+            self._asked = images > 0
+        return answer
+
+    def _as_scores(self, answer: Tensor) -> Tensor:
+        if answer.dtype in (torch.float16, torch.bfloat16):
+            answer = answer.float()
+        if self.output == "labels":
+            raise AccessDenied("the model returns labels only: choose a label-only (decision-based) attack")
+        if self.output == "probs":
+            answer = answer.clamp_min(self.floor).log()
+        elif self.access == Access.PROBS and self.output == "logits":
+            answer = answer.log_softmax(-1)
+        return answer
+
+
+class _Differentiable(torch.autograd.Function):
+    """The surrogate in forwards of ``chunk`` images whose graphs never stand side by side.
+
+    A single chunk keeps its graph and costs one forward and one backward. Several are run without grad and again,
+    one by one, in the backward pass, so that memory is bounded by the chunk; running out of it halves the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, oracle: QueryOracle, draws: Draws | None) -> Tensor:
+        ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
+        if len(flat) <= oracle.chunk:
+            try:
+                ctx.graph = _graph(oracle, flat, draws)
+                return ctx.graph[1].detach()
+            except torch.OutOfMemoryError:
+                oracle.chunk_tuner.halve()
+        return oracle._in_chunks(oracle._differentiated, flat, draws)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        oracle, flat = ctx.oracle, ctx.flat
+        if ctx.graph is not None:
+            leaf, answer = ctx.graph
+            ctx.graph = None
+            try:
+                return torch.autograd.grad(answer, leaf, grad_output)[0], None, None
+            except torch.OutOfMemoryError:
+                del leaf, answer
+                oracle.chunk_tuner.halve()
+        gradient = torch.empty_like(flat)
+        done = 0
+        while done < len(flat):
+            part = slice(done, min(done + oracle.chunk, len(flat)))
+            keyed = ctx.draws and ctx.draws[torch.arange(part.start, part.stop, device=flat.device)]
+            try:
+                leaf, answer = _graph(oracle, flat[part], keyed)
+                gradient[part] = torch.autograd.grad(answer, leaf, grad_output[part])[0]
+            except torch.OutOfMemoryError:
+                oracle.chunk_tuner.halve()
+                continue
+            done = part.stop
+        return gradient, None, None
+
+
+def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
+    if not answer.requires_grad:
+        raise ValueError(
+            f"{type(oracle.model).__name__} gave an answer without a gradient: it detaches its input, or runs under "
+            "no_grad; give it a surrogate, or attack it as a black box"
+        )
+    return leaf, answer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[bool]:
+    """The model in eval mode; each submodule's own mode is restored. Yields whether any was in training mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield bool(training)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> None:
+    """Refuse what is no answer of a classifier, naming the remedy.
+
+    Raises:
+        TypeError: not a tensor. ValueError: wrong shape, NaN, or probabilities where logits are expected.
+    """
+    name = type(model).__name__
+    if not isinstance(answer, Tensor):
+        raise TypeError(
+            f"{name} must return a tensor of logits (n, K), got {type(answer).__name__}: wrap it in a module that "
+            "picks the logits"
+        )
+    if output == "labels":
+        return
+    if answer.dim() != 2 or len(answer) != images or answer.shape[1] < 2:
+        raise ValueError(f"{name} must return logits ({images}, K >= 2), got shape {tuple(answer.shape)}")
+    answer = answer.detach().float()
+    if images and not answer.isfinite().any(1).all():
+        bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+        where = f"its weights hold NaN or inf in {', '.join(bad[:3])}" if bad else "its weights are finite"
+        raise ValueError(
+            f"{name} answers {int((~answer.isfinite().any(1)).sum())} images with NaN or inf; {where}"
+        )
+    if output == "logits" and images and _are_probabilities(answer):
+        raise ValueError(
+            f"{name} returns probabilities (each row lies in [0, 1] and sums to 1) where logits are expected: remove "
+            "its softmax, or say output='probs'"
+        )
+    if output == "logits" and images and _are_normalised_twice(answer):
+        raise ValueError(
+            f"{name} normalises its answers twice (a log-softmax over probabilities): remove its softmax"
+        )
+
+
+def _are_probabilities(answer: Tensor) -> bool:
+    return bool((answer >= 0).all() and (answer <= 1).all() and ((answer.sum(1) - 1).abs() < 1e-3).all())
+
+
+def _are_normalised_twice(answer: Tensor) -> bool:
+    if not (answer.logsumexp(1).abs() < 1e-3).all():
+        return False
+    inner = answer + (1 - answer.sum(1, keepdim=True)) / answer.shape[1]  # the probabilities, were there any
+    return bool((inner >= -1e-3).all() and inner.amax(1).mean() > 0.5)
+
+
+def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:
+    if surrogate is None:
+        return getattr(model, "surrogate", model)
+    if not isinstance(surrogate, str):
+        return surrogate
+    method = getattr(model, surrogate, None)
+    if not callable(method):
+        raise ValueError(
+            f"surrogate names a method of the model, and {type(model).__name__} has no {surrogate!r}"
+        )
+    return method
+
+
+def _check_numbers(budget: int | None, answers: int, confirm: int | None, floor: float, output: str) -> None:
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget must be a number of queries >= 0 per image or None, got {budget}")
+    if answers < 1 or (confirm is not None and confirm < 1):
+        raise ValueError(f"answers and confirm must be at least 1, got {answers} and {confirm}")
+    if not 0 < floor < 1:
+        raise ValueError(f"floor must be a probability in (0, 1), got {floor}")
+    if output not in ("logits", "log_probs", "probs", "labels"):
+        raise ValueError(f"output must be logits, log_probs, probs or labels, got {output!r}")
+
+
+def _flat(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dim() not in (4, 5):
+        raise ValueError(f"images must be (n, C, H, W) or (n, s, C, H, W), got shape {tuple(x.shape)}")
+    if x.dim() == 4:
+        return x, rows
+    return x.flatten(0, 1), rows.repeat_interleave(x.shape[1])
+
+
+def _occurrence(rows: Tensor) -> Tensor:
+    """How often each entry has stood before in ``rows``, (n,) int64."""
+    ordered, place = rows.sort(stable=True)
+    begins = torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rows).scatter_(0, place, torch.arange(len(rows), device=rows.device) - begins)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

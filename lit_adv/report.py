@@ -1,0 +1,397 @@
+"""Report of attacks: a table over attacks, the worst case per image, curves and pictures as HTML, JSON and
+CSV."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_adv.metrics import summary as definitions
+from lit_adv.metrics.records import Records
+from lit_adv.metrics.summary import (
+    McNemar,
+    Summary,
+    common,
+    mcnemar,
+    robust_accuracy,
+    summarize,
+    worst_case,
+)
+from lit_adv.pictures import Examples, curves_png, examples_png, image_grid, panels, png
+from lit_adv.tables import Row, columns, csv_bytes, interval, p_value, percent, threat
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Comparison", "Examples", "Outcome", "Report", "Verdict", "image_grid"]
+
+_ACCESS = ("label", "probs", "logits", "gradient")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one attack achieved on one model.
+
+    Args:
+        name: The attack's name in tables and file names.
+        records: One row per image of the evaluated set.
+        norm: The threat model's norm.
+        eps: Its radius; inf: bound by the box only.
+        budget: Most queries an image may cost, None if unlimited.
+        draws: Fresh answers that decided whether a success counts; 1 for a deterministic model.
+        config: The attack's class path and arguments, ready for JSON.
+        access: What the attacker saw: "label", "probs", "logits" or "gradient" (white box).
+        examples: Images to show.
+        seconds: Wall-clock time of the attack.
+        notes: Remarks to print.
+        model: The model's name where one report holds several; None: the report's own.
+
+    Raises:
+        ValueError: If the access is unknown.
+    """
+
+    name: str
+    records: Records
+    norm: str
+    eps: float
+    budget: int | None
+    draws: int
+    config: Mapping[str, Any]
+    access: str
+    examples: Examples | None = None
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.access not in _ACCESS:
+            raise ValueError(f"access must be one of {', '.join(_ACCESS)}, got {self.access!r}")
+        object.__setattr__(self, "records", self.records.unique())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst case per image over all attacks on one model under one threat model."""
+
+    model: str
+    norm: str
+    eps: float
+    attacks: tuple[str, ...]
+    summary: Summary
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        attacks = self.attacks[0] if len(self.attacks) == 1 else f"the worst of {len(self.attacks)} attacks"
+        if self.summary.robust_accuracy is None:
+            return f"robust accuracy is undefined against {attacks}: there is no image that all of them saw"
+        share = f"{percent(self.summary.robust_accuracy)} % {interval(self.summary.robust_interval)}"
+        return f"robust accuracy {share} against {attacks}"
+
+    @property
+    def setting(self) -> str:
+        """Model, threat model and number of images."""
+        return f"{self.model}, {threat(self.norm, self.eps)}, {self.summary.images:,} images"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two attacks on one model, or one attack on two models, on the images both saw."""
+
+    first: str
+    second: str
+    test: McNemar
+
+
+class Report:
+    """Gathers what several attacks achieved and writes it down.
+
+    Args:
+        outcomes: One per attack and model.
+        model: The model's name; that of every outcome which names none.
+        data: The data set's name and split.
+        facts: Further facts to print, as versions and date, by name.
+    """
+
+    def __init__(
+        self, outcomes: Sequence[Outcome], model: str, data: str, facts: Mapping[str, str] | None = None
+    ) -> None:
+        self.model, self.data, self.facts = model, data, dict(facts or {})
+        self.outcomes = [replace(outcome, model=outcome.model or model) for outcome in outcomes]
+        several = len({outcome.model for outcome in self.outcomes}) > 1
+        self.labels = _distinct(f"{o.name} on {o.model}" if several else o.name for o in self.outcomes)
+        self.summaries = [summarize(outcome.records) for outcome in self.outcomes]
+        groups: dict[tuple[str | None, str, float], list[Outcome]] = {}
+        for outcome in self.outcomes:
+            groups.setdefault((outcome.model, outcome.norm, outcome.eps), []).append(outcome)
+        self._groups = list(groups.values())
+        self.verdicts = [_verdict(group) for group in self._groups]
+
+    def warnings(self) -> list[str]:
+        """Return a warning for each black-box attack that does better than the best white-box one."""
+        texts = [_masked(outcome, group) for group in self._groups for outcome in group]
+        return [text for text in texts if text]
+
+    def remarks(self) -> list[str]:
+        """Return what the figures leave open."""
+        return [
+            f"{first.model}, {threat(first.norm, first.eps)}: "
+            "no attack saw gradients, a white-box one may do better."
+            for first, *others in self._groups
+            if all(outcome.access != "gradient" for outcome in (first, *others))
+        ]
+
+    def comparisons(self) -> list[Comparison]:
+        """Return McNemar's test for each two attacks on one model, and each two models under one attack.
+
+        Only attacks under one threat model are compared.
+        """
+        pairs = itertools.combinations(zip(self.labels, self.outcomes, strict=True), 2)
+        return [
+            Comparison(first, second, mcnemar(a.records, b.records))
+            for (first, a), (second, b) in pairs
+            if (a.norm, a.eps) == (b.norm, b.eps) and (a.model == b.model or a.name == b.name)
+        ]
+
+    def rows(self) -> list[Row]:
+        """Return the table's rows: one per outcome, then the worst case of each model and threat model."""
+        rows = [
+            Row(o.model or "", o.name, threat(o.norm, o.eps), o.access, o.budget, summary, o.draws)
+            for o, summary in zip(self.outcomes, self.summaries, strict=True)
+        ]
+        return rows + [_worst_row(verdict) for verdict in self.verdicts if len(verdict.attacks) > 1]
+
+    def table(self) -> Table:
+        """Return the table for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = self.rows()
+        table = Table(title=Text(f"{self.model} on {self.data}"))
+        for column in columns(rows):
+            justify = "right" if column.number else "left"
+            table.add_column(Text(f"{column.group}\n{column.head}"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*(Text(column.cell(row)) for column in columns(rows)))
+        return table
+
+    def __str__(self) -> str:
+        """Return the table, the verdicts and the warnings as plain text."""
+        from rich.console import Console
+
+        console = Console(width=400, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        lines = [line.rstrip() for line in capture.get().splitlines()]
+        lines += [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
+        return "\n".join(lines + [f"WARNING: {warning}" for warning in self.warnings()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but records and pictures, ready for strict JSON: infinite numbers become None."""
+        outcomes = [
+            {
+                **_facts(outcome),
+                "notes": outcome.notes,
+                "config": outcome.config,
+                "summary": summary.as_dict(),
+            }
+            for outcome, summary in zip(self.outcomes, self.summaries, strict=True)
+        ]
+        found = {
+            "model": self.model,
+            "data": self.data,
+            "facts": self.facts,
+            "verdicts": [{**asdict(verdict), "sentence": verdict.sentence} for verdict in self.verdicts],
+            "warnings": self.warnings(),
+            "remarks": self.remarks(),
+            "outcomes": outcomes,
+            "comparisons": [asdict(comparison) for comparison in self.comparisons()],
+        }
+        return {key: _jsonable(value) for key, value in found.items()}
+
+    def write(self, dirpath: str | Path) -> dict[str, Path]:
+        """Write the report's files, the records first; each appears whole or not at all.
+
+        Returns the paths of report.html, report.json, report.csv and curves.png under html, json, csv and
+        curves, and of each attack's files under records_NAME and examples_NAME.
+
+        Args:
+            dirpath: Folder to write to, made if missing.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        folder = Path(dirpath)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        paths = {}
+        for name, content in self._files():
+            key = name.removeprefix("report.") if name.startswith("report.") else Path(name).stem
+            paths[key] = folder / name
+            _write(paths[key], content)
+        return paths
+
+    def _files(self) -> Iterator[tuple[str, bytes]]:
+        stems = _distinct(re.sub(r"[^\w.+-]+", "-", label).strip("-.") or "attack" for label in self.labels)
+        for stem, outcome in zip(stems, self.outcomes, strict=True):
+            yield (
+                f"records_{stem}.csv",
+                csv_bytes(outcome.records.rows(), [field.name for field in fields(Records)]),
+            )
+        rows = [
+            _flat(outcome, summary) for outcome, summary in zip(self.outcomes, self.summaries, strict=True)
+        ]
+        yield "report.csv", csv_bytes(rows, list(rows[0]) if rows else [])
+        yield "report.json", _json(self.as_dict()).encode()
+        yield "curves.png", curves_png(self._lines())
+        for stem, outcome in zip(stems, self.outcomes, strict=True):
+            if outcome.examples is not None and len(outcome.examples):
+                yield f"examples_{stem}.png", examples_png(outcome.examples)
+        yield "report.html", self._html().encode()
+
+    def _lines(self) -> dict[str, Records]:
+        return dict(zip(self.labels, [outcome.records for outcome in self.outcomes], strict=True))
+
+    def _html(self) -> str:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        page = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        )
+        page.trim_blocks = page.lstrip_blocks = True
+        page.filters.update(
+            percent=percent, interval=interval, p_value=p_value, uri=_uri, png=png, json=_json
+        )
+        rows = self.rows()
+        heads = columns(rows)
+        return page.get_template("report.html.jinja").render(
+            report=self,
+            rows=rows,
+            columns=heads,
+            groups=[
+                (key, len(list(part))) for key, part in itertools.groupby(heads, lambda head: head.group)
+            ],
+            curves=[curves_png(self._lines(), dark=dark) for dark in (False, True)],
+            outcomes=list(zip(self.labels, self.outcomes, [_facts(o) for o in self.outcomes], strict=True)),
+            panels=panels,
+            definitions=_definitions(),
+        )
+
+
+def _verdict(group: Sequence[Outcome]) -> Verdict:
+    first, names = group[0], tuple(outcome.name for outcome in group)
+    summary = summarize(worst_case([outcome.records for outcome in group]))
+    return Verdict(first.model or "", first.norm, first.eps, names, summary)
+
+
+def _worst_row(verdict: Verdict) -> Row:
+    # What the attack that won would have cost alone is not the price of running them all.
+    summary = replace(
+        verdict.summary, mean_queries=None, median_queries=None, mean_first_hit=None, median_first_hit=None
+    )
+    name, kind = f"worst of {len(verdict.attacks)}", threat(verdict.norm, verdict.eps)
+    return Row(verdict.model, name, kind, "", None, summary, worst=True)
+
+
+def _masked(black: Outcome, group: Sequence[Outcome]) -> str | None:
+    """Say if a black-box attack does better than the best white-box one on the same images."""
+    # An untargeted attack has the easier task; that it beats a targeted one says nothing.
+    whites = [o for o in group if o.access == "gradient" and (_targeted(black) or not _targeted(o))]
+    if black.access == "gradient" or not whites:
+        return None
+    white = min(whites, key=lambda o: robust_accuracy(common([o.records, black.records])[0]) or 0.0)
+    seen, known = common([black.records, white.records])
+    low, high = robust_accuracy(seen), robust_accuracy(known)
+    if low is None or high is None or low >= high:
+        return None
+    return (
+        "a black-box attack does better than a white-box one: gradients may be masked "
+        f"({black.model}, {threat(black.norm, black.eps)}: {black.name} leaves {percent(low)} %, {white.name} "
+        f"{percent(high)} % of the same {len(seen):,} images; "
+        f"McNemar's p: {p_value(mcnemar(black.records, white.records).p)})"
+    )
+
+
+def _targeted(outcome: Outcome) -> bool:
+    return bool((outcome.records.target >= 0).any())
+
+
+def _facts(outcome: Outcome) -> dict[str, Any]:
+    names = ("name", "model", "norm", "eps", "access", "budget", "draws", "seconds")
+    return {name: getattr(outcome, name) for name in names}
+
+
+def _flat(outcome: Outcome, summary: Summary) -> dict[str, Any]:
+    """Return one row of report.csv: intervals in two columns, no quantiles."""
+    flat = _facts(outcome) | summary.as_dict()
+    for name in ("robust_interval", "success_interval"):
+        ends = flat.pop(name) or {"low": None, "high": None}
+        flat |= {f"{name}_{end}": value for end, value in ends.items()}
+    del flat["query_quantiles"]
+    return flat
+
+
+def _definitions() -> list[str]:
+    """Return the definitions that the summary module states."""
+    parts = re.split(r"\n- ", definitions.__doc__ or "")[1:]
+    return [re.sub(r"\*(.+?)\*|``(.+?)``", lambda m: m[1] or m[2], " ".join(part.split())) for part in parts]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Number repeated names, case aside, so that they can name files and lines."""
+    taken: dict[str, None] = {}
+    result = []
+    for name in names:
+        numbered = (f"{name}-{i}" if i > 1 else name for i in itertools.count(1))
+        result.append(next(each for each in numbered if each.lower() not in taken))
+        taken[result[-1].lower()] = None
+    return result
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under another name, then rename: a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    problem = f"cannot write the report ({error.strerror}); free some space or choose another folder"
+    return OSError(error.errno, problem, str(path))

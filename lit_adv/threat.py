@@ -1,0 +1,174 @@
+"""What an attacker may do to an image: the norm, the radius and the box."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2", "l1", "l0"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of radius ``eps`` around the clean image, cut by the box of valid pixels.
+
+    Args:
+        norm: ``linf``, ``l2``, ``l1`` or ``l0`` (the number of changed values).
+        eps: the radius in pixel units of [0, 1]; a number, a fraction such as ``"8/255"``, or ``"inf"`` for no
+            limit but the box. 0 is legal: the only image in the ball is the clean one.
+        box: smallest and largest valid pixel value.
+        levels: if given, e.g. 255, candidates are rounded to multiples of ``1 / levels`` inside the ball before
+            they are asked about, so that what an attack returns survives an 8-bit file.
+
+    Raises:
+        ValueError: unknown norm, a negative or non-finite radius, an empty box, fewer than one level.
+    """
+
+    norm: Norm = "linf"
+    eps: float | str = "8/255"
+    box: tuple[float, float] = (0.0, 1.0)
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        low, high = self.box
+        if not low < high:
+            raise ValueError(f"box must be (low, high) with low < high, got {self.box}")
+        if self.levels is not None and self.levels < 1:
+            raise ValueError(f"levels must be at least 1 (255 for 8 bits) or None, got {self.levels}")
+        radius = _number(self.eps)
+        if math.isnan(radius) or radius < 0:
+            raise ValueError(
+                f"eps must be a radius >= 0 in pixel units, e.g. 0.3 or '8/255', got {self.eps!r}"
+            )
+        object.__setattr__(self, "box", (float(low), float(high)))
+        object.__setattr__(self, "_radius", radius)
+
+    @property
+    def radius(self) -> float:
+        """``eps`` as a number; ``math.inf`` if only the box limits the attacker."""
+        return self._radius  # type: ignore[attr-defined,no-any-return]
+
+    def distance(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Distance of each image from its clean one.
+
+        Shape: ``x`` and ``x0`` (n, C, H, W) -> (n,).
+        """
+        return norm_of((x - x0).flatten(1), self.norm)
+
+    def within(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Whether each image is finite, in the box and in the ball, up to a relative 1e-6: (n,) bool."""
+        low, high = self.box
+        flat = x.flatten(1)
+        boxed = ((flat >= low - 1e-6) & (flat <= high + 1e-6)).all(1)  # False for NaN as well
+        return boxed & (self.distance(x, x0) <= self.radius * (1 + 1e-6))
+
+    def project(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The images moved into ball and box; one already inside is returned unmoved.
+
+        Exact projection onto the ball for every norm, followed by the box: since ``x0`` lies in the box, cutting
+        to it only brings the image closer.
+
+        Shape: ``x`` (n, [s,] C, H, W), ``x0`` (n, C, H, W) or already of the shape of ``x``.
+        """
+        x0 = x0 if x0.dim() == x.dim() else x0.unsqueeze(1)
+        low, high = self.box
+        if self.radius == math.inf:
+            return x.clamp(low, high)
+        if self.norm == "linf":
+            lower, upper = (x0 - self.radius).clamp_min(low), (x0 + self.radius).clamp_max(high)
+            return torch.minimum(torch.maximum(x, lower), upper)
+        return torch.where(self._outside(x - x0), x0 + self._shrink(x - x0), x).clamp(low, high)
+
+    def _outside(self, delta: Tensor) -> Tensor:
+        return norm_of(delta.flatten(-3), self.norm)[..., None, None, None] > self.radius
+
+    def _shrink(self, delta: Tensor) -> Tensor:
+        flat = delta.flatten(-3)
+        if self.norm == "l2":
+            length = flat.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+            flat = flat * (self.radius / length)
+        elif self.norm == "l1":
+            flat = _onto_l1(flat, self.radius)
+        else:
+            flat = _keep_largest(flat, int(self.radius))
+        return flat.view_as(delta)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Unit step of steepest ascent in this norm; zero where the gradient is zero (or not finite).
+
+        linf: the sign. l2: the direction. l1 and l0: the one coordinate of the largest magnitude.
+
+        Shape: (n, C, H, W) -> (n, C, H, W).
+        """
+        if self.norm == "linf":
+            return gradient.sign()  # the sign of NaN is 0 in torch
+        flat = gradient.flatten(1)
+        flat = torch.where(flat.isfinite(), flat, 0.0)
+        if self.norm == "l2":
+            largest = flat.abs().amax(1, keepdim=True)
+            flat = flat / torch.where(largest > 0, largest, 1.0)  # so that tiny gradients do not underflow
+            length = flat.norm(dim=1, keepdim=True)
+            return (flat / torch.where(length > 0, length, 1.0)).view_as(gradient)
+        place = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(1, place, flat.gather(1, place).sign()).view_as(gradient)
+
+    def quantize(self, x: Tensor, x0: Tensor, levels: int = 255) -> Tensor:
+        """The images rounded to multiples of ``1 / levels``, towards ``x0`` where the nearest leaves the ball.
+
+        Where even that leaves the ball (a clean image that is not itself on the grid, and a radius of less than
+        half a level) the clean image's own nearest level stands.
+
+        Shape: as :meth:`project`.
+        """
+        x0 = x0 if x0.dim() == x.dim() else x0.unsqueeze(1)
+        nearest = (x * levels).round() / levels
+        if self.radius == math.inf:
+            return nearest
+        inward = torch.where(x >= x0, (x * levels + 1e-4).floor(), (x * levels - 1e-4).ceil()) / levels
+        if self.norm == "linf":
+            return torch.where((nearest - x0).abs() <= self.radius * (1 + 1e-6), nearest, inward)
+        outside = norm_of((nearest - x0).flatten(-3), self.norm) > self.radius * (1 + 1e-6)
+        return torch.where(outside[..., None, None, None], inward, nearest)
+
+
+def _number(eps: float | str) -> float:
+    try:
+        return float(eps) if not isinstance(eps, str) or "/" not in eps else float(Fraction(eps))
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"eps must be a number, a fraction like '8/255', or 'inf', got {eps!r}") from None
+
+
+def norm_of(delta: Tensor, norm: Norm) -> Tensor:
+    """The norm over the last dimension; NaN counts as infinitely far, never as near."""
+    if norm == "linf":
+        value = delta.abs().amax(-1)
+    elif norm == "l2":
+        value = delta.norm(dim=-1)
+    elif norm == "l1":
+        value = delta.abs().sum(-1)
+    else:
+        value = (delta != 0).sum(-1).to(delta.dtype)
+    return value.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _onto_l1(flat: Tensor, radius: float) -> Tensor:
+    """Euclidean projection onto the l1 ball by soft thresholding (Duchi et al. 2008, figure 1)."""
+    magnitude = flat.abs().sort(-1, descending=True).values
+    excess = magnitude.cumsum(-1) - radius
+    count = torch.arange(1, flat.shape[-1] + 1, device=flat.device, dtype=flat.dtype)
+    last = (magnitude * count > excess).to(flat.dtype).mul(count).argmax(-1, keepdim=True)
+    threshold = (excess.gather(-1, last) / (last + 1)).clamp_min(0)
+    return flat.sign() * (flat.abs() - threshold).clamp_min(0)
+
+
+def _keep_largest(flat: Tensor, count: int) -> Tensor:
+    kept = flat.abs().topk(min(count, flat.shape[-1]), dim=-1).indices
+    return torch.zeros_like(flat).scatter(-1, kept, flat.gather(-1, kept))
