@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lit_adv.oracle import Access, AccessDenied, QueryOracle, evaluating
+from lit_adv.answers import evaluating
+from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.search import AttackResult, Search, State
 from lit_adv.threat import ThreatModel
 
@@ -133,9 +134,7 @@ class IterativeAttack(Attack):
                 "more, or choose an attack that needs less"
             )
         if len(oracle.queries) != len(x):
-            raise ValueError(
-                f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images"
-            )
+            raise ValueError(f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images")
         with attacking(oracle.model) as was_training, torch.no_grad():
             if was_training:
                 warnings.warn(
@@ -143,9 +142,7 @@ class IterativeAttack(Attack):
                     stacklevel=2,
                 )
             x = x.clone()  # an inference-mode tensor cannot enter a graph
-            oracle.index = (
-                torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
-            )
+            oracle.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
             search = Search(self, oracle, x, y, target, oracle.index, finished)
             return self._run(search, torch.arange(len(x), device=x.device))
 
@@ -241,24 +238,20 @@ def check_labels(y: Tensor, target: Tensor | None, x: Tensor) -> tuple[Tensor, T
     Raises:
         ValueError: not one non-negative whole number per image, or a target that is the label.
     """
-    checked = []
-    for name, value in (("y", y), ("target", target)):
-        if value is None:
-            checked.append(None)
-            continue
-        if value.shape != (len(x),) or value.is_floating_point() or value.dtype == torch.bool:
-            raise ValueError(
-                f"{name} must hold one class index per image, shape ({len(x)},) of integers, "
-                f"got shape {tuple(value.shape)} of {value.dtype}"
-            )
-        if len(value) and int(value.min()) < 0:
-            raise ValueError(f"{name} holds the negative class {int(value.min())}")
-        checked.append(value.to(x.device, torch.int64).clone())
-    labels, targets = checked
-    assert labels is not None
+    labels = _classes("y", y, x)
+    targets = None if target is None else _classes("target", target, x)
     if targets is not None and bool((labels == targets).any()):
         place = int((labels == targets).nonzero()[0])
-        raise ValueError(
-            f"target equals the label {int(labels[place])} of image {place}: choose another class"
-        )
+        raise ValueError(f"target equals the label {int(labels[place])} of image {place}: choose another class")
     return labels, targets
+
+
+def _classes(name: str, value: Tensor, x: Tensor) -> Tensor:
+    if value.shape != (len(x),) or value.is_floating_point() or value.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must hold one class index per image, shape ({len(x)},) of integers, "
+            f"got shape {tuple(value.shape)} of {value.dtype}"
+        )
+    if len(value) and int(value.min()) < 0:
+        raise ValueError(f"{name} holds the negative class {int(value.min())}")
+    return value.to(x.device, torch.int64).clone()

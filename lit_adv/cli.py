@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import rich
 import torch
 import yaml
-from lit_adv.suggestions import explain
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -21,6 +20,7 @@ from torch import nn
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.datamodules import ImageDataModule
 from lit_adv.report import Report
+from lit_adv.suggestions import explain
 from lit_adv.tasks import Checkpoint, Classification, Task, export_checkpoint, load_weights
 
 Arguments = Sequence[str] | None
@@ -74,8 +74,15 @@ class Parser(LightningArgumentParser):
         """Print the error and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {explain(message, self)}\n")
-        sys.exit(2)
+        _exit(explain(message, self._keys()))
+
+    def _keys(self) -> list[str]:
+        """The keys of this parser, or of its subcommands'."""
+        found = [action.dest for action in self._actions]
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                found += [key for parser in action.choices.values() for key in parser._keys()]
+        return [key for key in found if key not in ("help", "print_config", "subcommand")]
 
 
 class AdvCLI(LightningCLI):
@@ -184,9 +191,7 @@ class TrainCLI(AdvCLI):
             return
         keeper = self.trainer.checkpoint_callback
         if not isinstance(keeper, ModelCheckpoint) or not keeper.best_model_path:
-            raise ValueError(
-                f"save_as {target} needs a checkpoint of the run: set trainer.enable_checkpointing: true"
-            )
+            raise ValueError(f"save_as {target} needs a checkpoint of the run: set trainer.enable_checkpointing: true")
         if self.trainer.is_global_zero:
             export_checkpoint(Path(keeper.best_model_path), Path(target))
             print(f"best weights, from {keeper.best_model_path}: {target}")
@@ -211,9 +216,7 @@ class EvaluateCLI(AdvCLI):
         attacks = [callback for callback in self.trainer.callbacks if isinstance(callback, AttackEvaluation)]
         if not self.trainer.is_global_zero:
             return None
-        report = Report(
-            [attack.outcome for attack in attacks], self.model_name, self.datamodule.name, _facts()
-        )
+        report = Report([attack.outcome for attack in attacks], self.model_name, self.datamodule.name, _facts())
         rich.print(report.table())
         folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"
         for path in report.write(Path(folder)).values():
@@ -266,7 +269,13 @@ def _run(main: Callable[[], object]) -> None:
         main()
     except (ValueError, TypeError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if "jsonargparse" in raised_in.parts:
+            _exit(explain(str(error)))
         if Path(__file__).parent not in raised_in.parents:
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        _exit(str(error))
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)

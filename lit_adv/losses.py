@@ -12,9 +12,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None, int | None], Tensor]
 """``(scores (n, [s,] K), y (n,), target (n,) or None, reject column or None) -> (n, [s])``."""
 
 
-def is_adversarial(
-    label: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None
-) -> Tensor:
+def is_adversarial(label: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
     """Whether a decision is a win for the attacker.
 
     Untargeted: neither the true class nor a refusal. Targeted: the target class.
@@ -27,9 +25,7 @@ def is_adversarial(
     return won if reject is None else won & (label != reject)
 
 
-def cross_entropy(
-    scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None
-) -> Tensor:
+def cross_entropy(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
     """Cross-entropy of the true class, or minus that of the target; a refusal counts as the true class.
 
     Written as ``softplus(logsumexp of the others - own)``: equal in value to the usual form, but its gradient does
@@ -76,9 +72,7 @@ def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | N
     """
     needed = 3 if target is None else 4
     if scores.shape[-1] < needed:
-        raise ValueError(
-            f"the DLR loss needs at least {needed} classes, got {scores.shape[-1]}: use the margin"
-        )
+        raise ValueError(f"the DLR loss needs at least {needed} classes, got {scores.shape[-1]}: use the margin")
     top = scores.topk(needed, dim=-1).values
     if target is None:
         return margin(scores, y, None, reject) / (top[..., 0] - top[..., 2]).clamp_min(1e-12)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_adv.answers import Output, check_answer
+from lit_adv.chunk import Chunk
 from lit_adv.draws import Draws
 
-Output = Literal["logits", "log_probs", "probs", "labels"]
 Surrogate = str | Callable[[Tensor], Tensor]
 
 
@@ -32,47 +32,6 @@ class AccessDenied(PermissionError):
 
 class QueryBudgetExceeded(RuntimeError):
     """The attack asked for images that its budget does not cover; nothing was asked or charged."""
-
-
-class Chunk:
-    """The number of images in one forward: given, or found from the forwards that are made anyway.
-
-    The size doubles while that raises the images per second, so that no image is sent just to measure; out of
-    memory halves it for good.
-    """
-
-    def __init__(self, size: int | None, device: torch.device) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"chunk must be at least 1 image per forward or None, got {size}")
-        self.settled = size is not None
-        self.limit = 1024 if device.type == "cpu" else 16384
-        self.size = size if size is not None else (64 if device.type == "cpu" else 256)
-        self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
-
-    def observe(self, images: int, seconds: float) -> None:
-        """Learn from a forward; only full ones count, and the first at each size is a warm-up."""
-        if self.settled or images != self.size:
-            return
-        self._seen += 1
-        if self._seen > 1:
-            self._best = max(self._best, images / max(seconds, 1e-9))
-        if self._seen < 4:
-            return
-        if self._best < 1.05 * self._previous_rate:
-            self.size, self.settled = self.size // 2, True
-        elif 2 * self.size > self.limit or images / self._best > 0.25:
-            self.settled = True
-        else:
-            self.size, self._previous_rate = 2 * self.size, self._best
-        self._best, self._seen = 0.0, 0
-
-    def halve(self) -> None:
-        """One step down after running out of memory; raises again where one image is too much."""
-        if self.size == 1:
-            raise torch.OutOfMemoryError(
-                "out of memory with a single image in the forward: use a smaller model"
-            )
-        self.size, self.settled = self.size // 2, True
 
 
 class QueryOracle:
@@ -186,9 +145,7 @@ class QueryOracle:
             )
         flat, flat_rows = _flat(x, rows)
         draws = self._draws(flat_rows)
-        self.charge(
-            flat_rows, 1 if x.requires_grad else self.answers
-        )  # gradients are averaged by eot instead
+        self.charge(flat_rows, 1 if x.requires_grad else self.answers)  # gradients are averaged by eot instead
         if x.requires_grad:
             answer = _Differentiable.apply(flat, self, draws)
         else:
@@ -214,7 +171,7 @@ class QueryOracle:
 
     def _averaged_label(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.stochastic:
-            averaged: Tensor = self.model.averaged(x, self.confirmations, draws=draws)  # type: ignore[operator]
+            averaged: Tensor = self.model.averaged(x, self.confirmations, draws=draws)
             return averaged.argmax(-1)
         return self._decide(self._deployed(x, draws))
 
@@ -234,7 +191,7 @@ class QueryOracle:
 
     def _fast_or_deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.answers > 1 and self.stochastic:
-            return self.model.averaged(x, self.answers, draws=draws)  # type: ignore[operator]
+            return self.model.averaged(x, self.answers, draws=draws)
         return self._deployed(x, draws) if self.fast is None else self._fast(x)
 
     def _fast(self, x: Tensor) -> Tensor:
@@ -247,18 +204,14 @@ class QueryOracle:
     def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)  # type: ignore[call-arg]
 
-    def _in_chunks(
-        self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None
-    ) -> Tensor:
+    def _in_chunks(self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None) -> Tensor:
         """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
         parts: list[Tensor] = []
         done = 0
         with torch.no_grad():
             while done < len(flat):
                 part = flat[done : done + self.chunk]
-                keyed = (
-                    None if draws is None else draws[torch.arange(done, done + len(part), device=flat.device)]
-                )
+                keyed = None if draws is None else draws[torch.arange(done, done + len(part), device=flat.device)]
                 try:
                     parts.append(self._timed(ask, part, keyed))
                 except torch.OutOfMemoryError:
@@ -269,9 +222,7 @@ class QueryOracle:
             return self._timed(ask, flat, None if draws is None else draws)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _timed(
-        self, ask: Callable[[Tensor, Draws | None], Tensor], part: Tensor, draws: Draws | None
-    ) -> Tensor:
+    def _timed(self, ask: Callable[[Tensor, Draws | None], Tensor], part: Tensor, draws: Draws | None) -> Tensor:
         if self.chunk_tuner.settled:
             return self._checked(ask(part, draws), len(part))
         _wait(part.device)
@@ -355,63 +306,6 @@ def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor,
     return leaf, answer
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[bool]:
-    """The model in eval mode; each submodule's own mode is restored. Yields whether any was in training mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield bool(training)
-    finally:
-        for module in training:
-            module.training = True
-
-
-def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> None:
-    """Refuse what is no answer of a classifier, naming the remedy.
-
-    Raises:
-        TypeError: not a tensor. ValueError: wrong shape, NaN, or probabilities where logits are expected.
-    """
-    name = type(model).__name__
-    if not isinstance(answer, Tensor):
-        raise TypeError(
-            f"{name} must return a tensor of logits (n, K), got {type(answer).__name__}: wrap it in a module that "
-            "picks the logits"
-        )
-    if output == "labels":
-        return
-    if answer.dim() != 2 or len(answer) != images or answer.shape[1] < 2:
-        raise ValueError(f"{name} must return logits ({images}, K >= 2), got shape {tuple(answer.shape)}")
-    answer = answer.detach().float()
-    if images and not answer.isfinite().any(1).all():
-        bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
-        where = f"its weights hold NaN or inf in {', '.join(bad[:3])}" if bad else "its weights are finite"
-        raise ValueError(
-            f"{name} answers {int((~answer.isfinite().any(1)).sum())} images with NaN or inf; {where}"
-        )
-    if output == "logits" and images and _are_probabilities(answer):
-        raise ValueError(
-            f"{name} returns probabilities (each row lies in [0, 1] and sums to 1) where logits are expected: remove "
-            "its softmax, or say output='probs'"
-        )
-    if output == "logits" and images and _are_normalised_twice(answer):
-        raise ValueError(
-            f"{name} normalises its answers twice (a log-softmax over probabilities): remove its softmax"
-        )
-
-
-def _are_probabilities(answer: Tensor) -> bool:
-    return bool((answer >= 0).all() and (answer <= 1).all() and ((answer.sum(1) - 1).abs() < 1e-3).all())
-
-
-def _are_normalised_twice(answer: Tensor) -> bool:
-    if not (answer.logsumexp(1).abs() < 1e-3).all():
-        return False
-    inner = answer + (1 - answer.sum(1, keepdim=True)) / answer.shape[1]  # the probabilities, were there any
-    return bool((inner >= -1e-3).all() and inner.amax(1).mean() > 0.5)
-
-
 def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:
     if surrogate is None:
         return getattr(model, "surrogate", model)
@@ -419,9 +313,7 @@ def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[...
         return surrogate
     method = getattr(model, surrogate, None)
     if not callable(method):
-        raise ValueError(
-            f"surrogate names a method of the model, and {type(model).__name__} has no {surrogate!r}"
-        )
+        raise ValueError(f"surrogate names a method of the model, and {type(model).__name__} has no {surrogate!r}")
     return method
 
 

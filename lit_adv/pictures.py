@@ -98,12 +98,8 @@ def image_grid(examples: Examples, rows: int = 8) -> Tensor:
 
     shown = panels(examples, rows)
     if not shown:
-        raise ValueError(
-            f"image_grid needs an example and a row, got {len(examples)} examples, rows = {rows}"
-        )
-    images = torch.stack(
-        [image for panel in shown for image in (panel.clean, panel.adversarial, panel.difference)]
-    )
+        raise ValueError(f"image_grid needs an example and a row, got {len(examples)} examples, rows = {rows}")
+    images = torch.stack([image for panel in shown for image in (panel.clean, panel.adversarial, panel.difference)])
     factor = max(1, math.ceil(_LEGIBLE / max(images.shape[-2:])))
     enlarged = images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     return make_grid(enlarged, nrow=3, padding=2, pad_value=1.0)

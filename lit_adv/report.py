@@ -10,10 +10,11 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_adv.metrics import summary as definitions
 from lit_adv.metrics.records import Records
@@ -144,8 +145,7 @@ class Report:
     def remarks(self) -> list[str]:
         """Return what the figures leave open."""
         return [
-            f"{first.model}, {threat(first.norm, first.eps)}: "
-            "no attack saw gradients, a white-box one may do better."
+            f"{first.model}, {threat(first.norm, first.eps)}: no attack saw gradients, a white-box one may do better."
             for first, *others in self._groups
             if all(outcome.access != "gradient" for outcome in (first, *others))
         ]
@@ -172,14 +172,16 @@ class Report:
 
     def table(self) -> Table:
         """Return the table for the terminal."""
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
         rows = self.rows()
-        table = Table(title=Text(f"{self.model} on {self.data}"))
+        table = Table(title=Text(f"{self.model} on {self.data}"), title_justify="left", box=box.SIMPLE_HEAD)
         for column in columns(rows):
-            justify = "right" if column.number else "left"
-            table.add_column(Text(f"{column.group}\n{column.head}"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            head = "\n".join(textwrap.wrap(column.group, 11) + textwrap.wrap(column.head, 9))
+            justify: Literal["left", "right"] = "right" if column.number else "left"
+            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold")
         for row in rows:
             table.add_row(*(Text(column.cell(row)) for column in columns(rows)))
         return table
@@ -249,9 +251,7 @@ class Report:
                 f"records_{stem}.csv",
                 csv_bytes(outcome.records.rows(), [field.name for field in fields(Records)]),
             )
-        rows = [
-            _flat(outcome, summary) for outcome, summary in zip(self.outcomes, self.summaries, strict=True)
-        ]
+        rows = [_flat(outcome, summary) for outcome, summary in zip(self.outcomes, self.summaries, strict=True)]
         yield "report.csv", csv_bytes(rows, list(rows[0]) if rows else [])
         yield "report.json", _json(self.as_dict()).encode()
         yield "curves.png", curves_png(self._lines())
@@ -266,22 +266,16 @@ class Report:
     def _html(self) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        page = Environment(
-            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-        )
+        page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
         page.trim_blocks = page.lstrip_blocks = True
-        page.filters.update(
-            percent=percent, interval=interval, p_value=p_value, uri=_uri, png=png, json=_json
-        )
+        page.filters.update(percent=percent, interval=interval, p_value=p_value, uri=_uri, png=png, json=_json)
         rows = self.rows()
         heads = columns(rows)
         return page.get_template("report.html.jinja").render(
             report=self,
             rows=rows,
             columns=heads,
-            groups=[
-                (key, len(list(part))) for key, part in itertools.groupby(heads, lambda head: head.group)
-            ],
+            groups=[(key, len(list(part))) for key, part in itertools.groupby(heads, lambda head: head.group)],
             curves=[curves_png(self._lines(), dark=dark) for dark in (False, True)],
             outcomes=list(zip(self.labels, self.outcomes, [_facts(o) for o in self.outcomes], strict=True)),
             panels=panels,

@@ -53,9 +53,7 @@ class AttackResult:
         place[rows] = torch.arange(len(rows), device=rows.device)
         trace = self.trace.clone()
         trace[:, 0] = place.to(trace.device)[trace[:, 0].long()].to(trace.dtype)
-        tensors = {
-            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("trace", "nonfinite")
-        }
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("trace", "nonfinite")}
         return AttackResult(**tensors, trace=trace[trace[:, 0] >= 0], nonfinite=self.nonfinite)
 
 
@@ -230,9 +228,7 @@ class Search:
         covered = wanted & (wanted.cumsum(1) <= left[:, None])
         return asked if bool((covered == wanted).all()) else covered
 
-    def _ask_some(
-        self, ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, state: State, asked: Tensor
-    ) -> Tensor:
+    def _ask_some(self, ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, state: State, asked: Tensor) -> Tensor:
         flat = ask(x[asked], state.rows[:, None].expand_as(asked)[asked])
         blank = torch.nan if flat.is_floating_point() else -1
         answer = flat.new_full((*asked.shape, *flat.shape[1:]), blank)
@@ -304,9 +300,7 @@ class Search:
             self.success[rows] & self.attack.stop_at_hit
         )
 
-    def _record(
-        self, x: Tensor, rows: Tensor, t: Tensor, distance: Tensor, valid: Tensor, spent: Tensor
-    ) -> None:
+    def _record(self, x: Tensor, rows: Tensor, t: Tensor, distance: Tensor, valid: Tensor, spent: Tensor) -> None:
         self.x_adv[rows] = x.to(self.x_adv.dtype)
         self.distance[rows] = distance.to(self.distance.dtype)
         first = rows[valid & ~self.success[rows]]

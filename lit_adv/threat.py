@@ -45,16 +45,14 @@ class ThreatModel:
             raise ValueError(f"levels must be at least 1 (255 for 8 bits) or None, got {self.levels}")
         radius = _number(self.eps)
         if math.isnan(radius) or radius < 0:
-            raise ValueError(
-                f"eps must be a radius >= 0 in pixel units, e.g. 0.3 or '8/255', got {self.eps!r}"
-            )
+            raise ValueError(f"eps must be a radius >= 0 in pixel units, e.g. 0.3 or '8/255', got {self.eps!r}")
         object.__setattr__(self, "box", (float(low), float(high)))
         object.__setattr__(self, "_radius", radius)
 
     @property
     def radius(self) -> float:
         """``eps`` as a number; ``math.inf`` if only the box limits the attacker."""
-        return self._radius  # type: ignore[attr-defined,no-any-return]
+        return self._radius  # type: ignore[attr-defined]
 
     def distance(self, x: Tensor, x0: Tensor) -> Tensor:
         """Distance of each image from its clean one.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_adv.answers import Output, check_answer, evaluating
 from lit_adv.draws import Draws
 from lit_adv.losses import is_adversarial
-from lit_adv.oracle import Output, check_answer, evaluating
 from lit_adv.threat import ThreatModel
 
 _VERIFYING, _ROUNDING, _CLEAN = -2, -3, -4  # keys that no attack's query uses
@@ -114,7 +114,8 @@ def fresh_labels(
             if number and not stochastic:
                 labels[:, number] = labels[:, 0]
                 continue
-            for part in torch.arange(len(x), device=x.device).split(chunk):
+            for begin in range(0, len(x), chunk):
+                part = torch.arange(begin, min(begin + chunk, len(x)), device=x.device)
                 step = torch.full_like(part, number)
                 given = {"draws": Draws(seed, index[part], step, key)} if stochastic else {}
                 labels[part, number] = _decide(model(x[part].clone(), **given), len(part), output, model)

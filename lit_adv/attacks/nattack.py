@@ -163,10 +163,8 @@ class NAttack(IterativeAttack):
         """Images of latents, clipped into ball and box: (n, s, C, h, w) -> (n, s, C, H, W)."""
         if phi.shape[-2:] != state.w0.shape[-2:]:
             n, samples = phi.shape[:2]
-            grown = F.interpolate(
-                phi.flatten(0, 1), state.w0.shape[-2:], mode="bilinear", align_corners=False
-            )
-            phi = grown.unflatten(0, (n, samples))
+            grown = F.interpolate(phi.flatten(0, 1), state.w0.shape[-2:], mode="bilinear", align_corners=False)
+            phi = grown.view(n, samples, *grown.shape[1:])
         image = state.w0.unsqueeze(1) + phi
         if self.space == "tanh":
             low, high = self.threat.box
@@ -183,9 +181,7 @@ class NAttack(IterativeAttack):
         noise = draws.normal(half, *latent, first=state.phase * half, dtype=dtype)
         return torch.cat([noise, -noise], 1)
 
-    def _gather(
-        self, state: NAttackState, noise: Tensor, reward: Tensor, number: Tensor, asked: Tensor
-    ) -> None:
+    def _gather(self, state: NAttackState, noise: Tensor, reward: Tensor, number: Tensor, asked: Tensor) -> None:
         """Add a block to the sums from which the update is made, so that no draw has to be kept."""
         place = number.clamp_max(self.samples - 1)
         reward = torch.where(asked & reward.isfinite(), reward, torch.nan)
@@ -206,21 +202,15 @@ class NAttack(IterativeAttack):
         count = known.sum(1).clamp_min(1)
         mean = torch.where(known, rewards, 0).sum(1) / count
         spread = torch.where(known, (rewards - mean[:, None]) ** 2, 0).sum(1).div(count).sqrt()
-        flat = torch.where(known, rewards, -torch.inf).amax(1) == torch.where(known, rewards, torch.inf).amin(
-            1
-        )
-        centre, scale = (
-            (mean - state.shift, 1 / (spread + 1e-7)) if self.zscore else (-state.shift, spread * 0 + 1)
-        )
+        flat = torch.where(known, rewards, -torch.inf).amax(1) == torch.where(known, rewards, torch.inf).amin(1)
+        centre, scale = (mean - state.shift, 1 / (spread + 1e-7)) if self.zscore else (-state.shift, spread * 0 + 1)
         direction = state.weighted - _rows(centre, state.phi) * state.noise
         rate = torch.where(flat & self.zscore, 0.0, scale * self.step_size / (self.samples * self.sigma))
         phi = state.phi + _rows(rate, state.phi) * direction
         chosen = complete[:, None, None, None]
         state.phi = torch.where(chosen, phi, state.phi)
         state.x = torch.where(chosen, self.render(state.phi.unsqueeze(1), state).squeeze(1), state.x)
-        state.done = state.done | (
-            complete & (known.sum(1) * 2 < self.samples)
-        )  # the model's answers are useless
+        state.done = state.done | (complete & (known.sum(1) * 2 < self.samples))  # the model's answers are useless
         state.noise, state.weighted = state.noise * ~chosen, state.weighted * ~chosen
         state.rewards = torch.where(complete[:, None], torch.nan, rewards)
         state.phase = torch.where(complete, 0, state.phase)

@@ -68,9 +68,7 @@ class PGD(IterativeAttack):
         if steps < 1 or restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
         if step_size is not None and not step_size >= 0:
-            raise ValueError(
-                f"step_size must be >= 0 in pixel units, or None for 2.5 eps / steps, got {step_size}"
-            )
+            raise ValueError(f"step_size must be >= 0 in pixel units, or None for 2.5 eps / steps, got {step_size}")
         if not decay >= 0:
             raise ValueError(f"decay must be >= 0, got {decay}")
         if step_size is None and threat.radius == float("inf"):

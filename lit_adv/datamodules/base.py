@@ -156,15 +156,11 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment a training batch where it is to be used."""
-        if not (
-            self.augment and isinstance(batch, Batch) and self.trainer is not None and self.trainer.training
-        ):
+        if not (self.augment and isinstance(batch, Batch) and self.trainer is not None and self.trainer.training):
             return batch
         padding = max(1, batch.image.shape[-2] // 8)
         epoch = self.trainer.current_epoch
-        return batch._replace(
-            image=crop_and_flip(batch.image, batch.index, self.seed, epoch, padding, self.flip)
-        )
+        return batch._replace(image=crop_and_flip(batch.image, batch.index, self.seed, epoch, padding, self.flip))
 
     def _loader(self, dataset: ImageDataset, **options: Any) -> DataLoader[Batch]:
         return DataLoader(

@@ -55,9 +55,7 @@ class CIFAR10Jpeg(ImageDataModule):
             with np.load(path) as arrays:
                 data, offsets = arrays["jpeg"].tobytes(), arrays["offsets"].tolist()
                 labels = torch.from_numpy(arrays["labels"].astype(np.int64))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            remedy = (
-                f"{path.name} cannot be read ({error}); this copy of CIFAR-10 is not downloaded, put it there"
-            )
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            remedy = f"{path.name} cannot be read ({error}); this copy of CIFAR-10 is not downloaded, put it there"
             raise missing("CIFAR-10 as JPEG", path.parent, remedy) from error
         return JpegImages(data, offsets, labels)

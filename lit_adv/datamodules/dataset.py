@@ -68,9 +68,8 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, places: Sequence[int]) -> Batch:
         """A batch in one piece; the loader prefers this to single images."""
         chosen = torch.as_tensor(places, dtype=torch.int64)
-        index = self.index[chosen]
         if self.source is not None:
-            pixels = self.source.images(index)
+            pixels = self.source.images(self.index[chosen])
         elif self.pixels is not None:
             pixels = self.pixels[chosen]
         else:
@@ -78,7 +77,7 @@ class ImageDataset(Dataset[Batch]):
         image = pixels.to(torch.float32).div_(self.white)
         if self.transform is not None:
             image = self._transformed(self.transform, image)
-        return Batch(image, self.labels[chosen], index)
+        return Batch(image, self.labels[chosen], self.index[chosen])
 
     def _transformed(self, transform: Transform, image: Tensor) -> Tensor:
         try:

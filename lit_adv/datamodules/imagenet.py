@@ -67,9 +67,7 @@ class ImageNet(ImageDataModule):
         if not listed.is_file():
             samples = self._tree("train" if train else "val")
         elif train:
-            raise ValueError(
-                f"{self.folder.absolute()} has a labels.csv, so it is a test set: it cannot be trained on"
-            )
+            raise ValueError(f"{self.folder.absolute()} has a labels.csv, so it is a test set: it cannot be trained on")
         else:
             samples = self._listed(listed)
         labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
@@ -88,9 +86,7 @@ class ImageNet(ImageDataModule):
         try:
             return [(str(self.folder / row["file"]), int(row["imagenet_index"])) for row in rows]
         except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} must have columns file and imagenet_index in every row: {error}"
-            ) from error
+            raise ValueError(f"{path} must have columns file and imagenet_index in every row: {error}") from error
 
     def _tree(self, part: str) -> list[tuple[str, int]]:
         from torchvision.datasets import ImageFolder

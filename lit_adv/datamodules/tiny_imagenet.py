@@ -83,9 +83,7 @@ class TinyImageNet(ImageDataModule):
             raise self._missing(error) from error
 
     def _missing(self, error: Exception) -> FileNotFoundError:
-        remedy = (
-            f"{error}; unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip, or a set of its layout, there"
-        )
+        remedy = f"{error}; unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip, or a set of its layout, there"
         return missing("Tiny ImageNet", self.folder, remedy)
 
     def _fit(self, picture: Any) -> Any:

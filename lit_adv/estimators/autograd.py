@@ -41,9 +41,7 @@ class Autograd(GradientEstimator):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             value = f(leaf) if self.eot == 1 else f(_repeat(leaf, self.eot)).mean(1)
-            (gradient,) = torch.autograd.grad(
-                value.sum(), leaf
-            )  # rows are independent: the sum is not across rows
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)  # rows are independent: the sum is not across rows
         return value.detach(), gradient, memory
 
 

@@ -1,6 +1,5 @@
 """Adversarial training: train on what the attack makes of each batch."""
 
-import copy
 import dataclasses
 import math
 from typing import Literal
@@ -94,8 +93,7 @@ def scaled(attack: IterativeAttack, share: float) -> IterativeAttack:
     """
     if share == 1.0:
         return attack
-    smaller = copy.copy(attack)
-    smaller.threat = dataclasses.replace(attack.threat, eps=attack.threat.radius * share)
-    if isinstance(step_size := getattr(attack, "step_size", None), float):
-        smaller.step_size = step_size * share  # type: ignore[attr-defined]
+    smaller = attack.with_threat(dataclasses.replace(attack.threat, eps=attack.threat.radius * share))
+    if getattr(smaller, "step_size", None) is not None:  # None follows the radius by itself
+        smaller.step_size *= share  # type: ignore[attr-defined]
     return smaller

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adv.oracle import evaluating
+from lit_adv.attack import attacking
 from lit_adv.threat import ThreatModel
 
 from .objective import LabelledImages, Objective, correct, cross_entropy
@@ -65,7 +65,7 @@ class TRADES(Objective):
             x (n, C, H, W) in [0, 1] -> (n, C, H, W), within the threat model.
         """
         ask = getattr(model, "surrogate", model)
-        with evaluating(model):
+        with attacking(model):
             with torch.no_grad():
                 clean = model(x)
             x_adv = x.detach() + self.sigma * torch.randn_like(x)

@@ -6,9 +6,7 @@ from lit_adv.datamodules.sources import PixelImages
 
 
 def source(generator: torch.Generator) -> PixelImages:
-    return PixelImages(
-        torch.randint(256, (9, 3, 4, 5), generator=generator, dtype=torch.uint8), torch.arange(9)
-    )
+    return PixelImages(torch.randint(256, (9, 3, 4, 5), generator=generator, dtype=torch.uint8), torch.arange(9))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

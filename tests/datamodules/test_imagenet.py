@@ -83,7 +83,5 @@ def test_samples(image_data: Callable[[str], Path]) -> None:
     # at a shorter side of 256 nothing is resized, so the crop holds the file's own pixels
     picture = Image.open(root / "imagenet_samples" / rows[0]["file"]).convert("RGB")
     left, top = round((picture.width - 224) / 2), round((picture.height - 224) / 2)
-    expected = torch.tensor(list(picture.crop((left, top, left + 224, top + 224)).tobytes())).view(
-        224, 224, 3
-    )
+    expected = torch.tensor(list(picture.crop((left, top, left + 224, top + 224)).tobytes())).view(224, 224, 3)
     assert torch.equal((batch.image[0] * 255).round().long(), expected.permute(2, 0, 1))

@@ -31,9 +31,7 @@ def small(tmp_path: Path) -> Path:
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)
     for part, count in (("train", 30), ("t10k", 10)):
-        write_idx(
-            raw / f"{part}-images-idx3-ubyte", random.integers(256, size=(count, 28, 28), dtype=np.uint8)
-        )
+        write_idx(raw / f"{part}-images-idx3-ubyte", random.integers(256, size=(count, 28, 28), dtype=np.uint8))
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
     return tmp_path
 
@@ -59,9 +57,7 @@ def test_fashion_mnist_equals_its_files(small: Path) -> None:
     images = read_idx(small / "FashionMNIST" / "raw" / "train-images-idx3-ubyte")
     (batch,) = data.train_dataloader()
     assert batch.image.shape == (24, *data.dims)
-    assert torch.equal(
-        (batch.image[:, 0] * 255).round().byte(), torch.from_numpy(images[batch.index.numpy()])
-    )
+    assert torch.equal((batch.image[:, 0] * 255).round().byte(), torch.from_numpy(images[batch.index.numpy()]))
     assert torch.equal(batch.label, batch.index % 10)
 
 
@@ -77,9 +73,7 @@ def test_failed_download_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(datasets.MNIST, "download", fail)
-    with pytest.raises(
-        FileNotFoundError, match=r"the download failed .Error downloading train-images"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"the download failed .Error downloading train-images") as caught:
         FashionMNIST(tmp_path).prepare_data()
     assert str(tmp_path) in str(caught.value)
     assert "LIT_ADV_DATA" in str(caught.value)

@@ -53,9 +53,7 @@ def test_resizes(small: Path) -> None:
 
 
 def test_absent_or_incomplete(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"no usable Tiny ImageNet in .*tiny-imagenet-200.*LIT_ADV_DATA"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no usable Tiny ImageNet in .*tiny-imagenet-200.*LIT_ADV_DATA"):
         TinyImageNet(tmp_path).setup("test")
     with pytest.raises(FileNotFoundError, match="no usable Tiny ImageNet"):
         TinyImageNet(tmp_path).setup("fit")
@@ -73,9 +71,7 @@ def test_unreadable_image_is_named(small: Path) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("folder", "size", "classes"), [("tiny_imagenet_subset", 32, 20), ("imagenette64", 64, 10)]
-)
+@pytest.mark.parametrize(("folder", "size", "classes"), [("tiny_imagenet_subset", 32, 20), ("imagenette64", 64, 10)])
 def test_real_folders(image_data: Callable[[str], Path], folder: str, size: int, classes: int) -> None:
     root = image_data(folder)
     data = TinyImageNet(root, folder, size=size, in_memory=False, max_test=40)

@@ -1,0 +1,64 @@
+"""What a classifier may answer, and the mode it answers in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Output = Literal["logits", "log_probs", "probs", "labels"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[bool]:
+    """The model in eval mode; each submodule's own mode is restored. Yields whether any was in training mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield bool(training)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> None:
+    """Refuse what is no answer of a classifier, naming the remedy.
+
+    Raises:
+        TypeError: not a tensor. ValueError: wrong shape, NaN, or probabilities where logits are expected.
+    """
+    name = type(model).__name__
+    if not isinstance(answer, Tensor):
+        raise TypeError(
+            f"{name} must return a tensor of logits (n, K), got {type(answer).__name__}: wrap it in a module that "
+            "picks the logits"
+        )
+    if output == "labels":
+        return
+    if answer.dim() != 2 or len(answer) != images or answer.shape[1] < 2:
+        raise ValueError(f"{name} must return logits ({images}, K >= 2), got shape {tuple(answer.shape)}")
+    answer = answer.detach().float()
+    if images and not answer.isfinite().any(1).all():
+        bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+        where = f"its weights hold NaN or inf in {', '.join(bad[:3])}" if bad else "its weights are finite"
+        raise ValueError(f"{name} answers {int((~answer.isfinite().any(1)).sum())} images with NaN or inf; {where}")
+    if output == "logits" and images and _are_probabilities(answer):
+        raise ValueError(
+            f"{name} returns probabilities (each row lies in [0, 1] and sums to 1) where logits are expected: remove "
+            "its softmax, or say output='probs'"
+        )
+    if output == "logits" and images and _are_normalised_twice(answer):
+        raise ValueError(f"{name} normalises its answers twice (a log-softmax over probabilities): remove its softmax")
+
+
+def _are_probabilities(answer: Tensor) -> bool:
+    return bool((answer >= 0).all() and (answer <= 1).all() and ((answer.sum(1) - 1).abs() < 1e-3).all())
+
+
+def _are_normalised_twice(answer: Tensor) -> bool:
+    if not (answer.logsumexp(1).abs() < 1e-3).all():
+        return False
+    inner = answer + (1 - answer.sum(1, keepdim=True)) / answer.shape[1]  # the probabilities, were there any
+    return bool((inner >= -1e-3).all() and inner.amax(1).mean() > 0.5)

@@ -1,0 +1,44 @@
+"""How many images go through the model at once."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Chunk:
+    """The number of images in one forward: given, or found from the forwards that are made anyway.
+
+    The size doubles while that raises the images per second, so that no image is sent just to measure; out of
+    memory halves it for good.
+    """
+
+    def __init__(self, size: int | None, device: torch.device) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"chunk must be at least 1 image per forward or None, got {size}")
+        self.settled = size is not None
+        self.limit = 1024 if device.type == "cpu" else 16384
+        self.size = size if size is not None else (64 if device.type == "cpu" else 256)
+        self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
+
+    def observe(self, images: int, seconds: float) -> None:
+        """Learn from a forward; only full ones count, and the first at each size is a warm-up."""
+        if self.settled or images != self.size:
+            return
+        self._seen += 1
+        if self._seen > 1:
+            self._best = max(self._best, images / max(seconds, 1e-9))
+        if self._seen < 4:
+            return
+        if self._best < 1.05 * self._previous_rate:
+            self.size, self.settled = self.size // 2, True
+        elif 2 * self.size > self.limit or images / self._best > 0.25:
+            self.settled = True
+        else:
+            self.size, self._previous_rate = 2 * self.size, self._best
+        self._best, self._seen = 0.0, 0
+
+    def halve(self) -> None:
+        """One step down after running out of memory; raises again where one image is too much."""
+        if self.size == 1:
+            raise torch.OutOfMemoryError("out of memory with a single image in the forward: use a smaller model")
+        self.size, self.settled = self.size // 2, True
