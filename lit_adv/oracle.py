@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_adv.answers import Output, check_answer
 from lit_adv.chunk import Chunk
+from lit_adv.defense import Defense
 from lit_adv.draws import Draws
 
 Surrogate = str | Callable[[Tensor], Tensor]
@@ -171,8 +172,7 @@ class QueryOracle:
 
     def _averaged_label(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.stochastic:
-            averaged: Tensor = self.model.averaged(x, self.confirmations, draws=draws)
-            return averaged.argmax(-1)
+            return cast(Defense, self.model).averaged(x, self.confirmations, draws=draws).argmax(-1)
         return self._decide(self._deployed(x, draws))
 
     def _labels(self, flat: Tensor, draws: Draws | None) -> Tensor:
@@ -191,7 +191,7 @@ class QueryOracle:
 
     def _fast_or_deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.answers > 1 and self.stochastic:
-            return self.model.averaged(x, self.answers, draws=draws)
+            return cast(Defense, self.model).averaged(x, self.answers, draws=draws)
         return self._deployed(x, draws) if self.fast is None else self._fast(x)
 
     def _fast(self, x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class QueryOracle:
         return self.model(x) if draws is None else self.model(x, draws=draws)
 
     def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)  # type: ignore[call-arg]
+        return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)
 
     def _in_chunks(self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None) -> Tensor:
         """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
@@ -269,7 +269,7 @@ class _Differentiable(torch.autograd.Function):
         return oracle._in_chunks(oracle._differentiated, flat, draws)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         oracle, flat = ctx.oracle, ctx.flat
         if ctx.graph is not None:
             leaf, answer = ctx.graph

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers and legible on light and on dark ground.
+# Okabe and Ito's colours, told apart by colour-blind readers; lighter ones of the same hue for dark ground.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DARK_COLOURS = ("#3FA0DC", "#F08040", "#2FBF95", "#DE9CC0", "#F0B740", "#9AD3F5")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _LEGIBLE = 64  # pixels; smaller images are enlarged
 
@@ -69,6 +70,15 @@ class Panel:
     adversarial: Tensor
     difference: Tensor
     factor: float
+
+
+class Line(NamedTuple):
+    """One line of the success curves; attack and model number its colour and its dashes."""
+
+    label: str
+    records: Records
+    attack: int = 0
+    model: int = 0
 
 
 def panels(examples: Examples, rows: int = 8) -> list[Panel]:
@@ -133,28 +143,31 @@ def examples_png(examples: Examples, rows: int = 8) -> bytes:
     return _save(figure, 150)
 
 
-def curves_png(records: Mapping[str, Records], dark: bool = False) -> bytes:
+def curves_png(lines: Sequence[Line], dark: bool = False) -> bytes:
     """Draw success against queries and against iterations, as a PNG file without ground.
 
     Args:
-        records: Those of each line, by its label.
+        lines: One per attack and model.
         dark: Whether the text must be legible on dark ground.
     """
     from matplotlib.figure import Figure
 
     ink, faint = ("#d5d8dc", "#4a4f57") if dark else ("#33373d", "#d5d8dc")
-    rows = math.ceil(len(records) / 3)
+    colours = _DARK_COLOURS if dark else _COLOURS
+    rows = math.ceil(len(lines) / 3)
     figure = Figure(figsize=(10, 3.3 + 0.2 * rows), layout="constrained")
     figure.patch.set_alpha(0 if dark else 1)
     left, right = figure.subplots(1, 2, sharey=True)
-    _steps(left, [queries_curve(part) for part in records.values()], list(records))
-    _steps(right, [iterations_curve(part) for part in records.values()], None)
+    _steps(left, lines, [queries_curve(line.records) for line in lines], colours)
+    _steps(right, lines, [iterations_curve(line.records) for line in lines], colours)
     left.set_ylabel("success, share of attacked images", color=ink)
     for ax, label in ((left, "queries"), (right, "iterations")):
         ax.set_xlabel(label, color=ink)
         _style(ax, ink, faint)
-    if records:
-        figure.legend(loc="outside lower center", ncols=min(3, len(records)), frameon=False, labelcolor=ink)
+    if lines:
+        handles, labels = left.get_legend_handles_labels()
+        columns = min(3, len(lines))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink)
     return _save(figure, 160)
 
 
@@ -172,13 +185,14 @@ def _rgb(image: Tensor) -> Tensor:
     return image if len(image) == 3 else image.mean(dim=0, keepdim=True).expand(3, -1, -1)
 
 
-def _steps(ax: Axes, curves: Sequence[tuple[Tensor, Tensor]], labels: Sequence[str] | None) -> None:
+def _steps(ax: Axes, lines: Sequence[Line], curves: Sequence[tuple[Tensor, Tensor]], colours: Sequence[str]) -> None:
     ends = [int(x[-1]) for x, _ in curves if len(x)]
     starts = [int(x[x > 0][0]) for x, _ in curves if (x > 0).any()]
     end = max([*ends, 1])
-    for i, (x, y) in enumerate(curves):
-        colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
-        ax.plot([], [], color=colour, linestyle=dash, label=labels[i] if labels else None)
+    for line, (x, y) in zip(lines, curves, strict=True):
+        colour = colours[line.attack % len(colours)]
+        dash = _DASHES[(line.model + line.attack // len(colours)) % len(_DASHES)]
+        ax.plot([], [], color=colour, linestyle=dash, label=line.label)
         if len(x):
             ax.step(x.numpy(), y.numpy(), where="post", color=colour, linestyle=dash, linewidth=1.8)
             # Faint beyond the attack's own end: it asked no more, so its success stays what it was.

@@ -18,16 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_adv.metrics import summary as definitions
 from lit_adv.metrics.records import Records
-from lit_adv.metrics.summary import (
-    McNemar,
-    Summary,
-    common,
-    mcnemar,
-    robust_accuracy,
-    summarize,
-    worst_case,
-)
-from lit_adv.pictures import Examples, curves_png, examples_png, image_grid, panels, png
+from lit_adv.metrics.summary import McNemar, Summary, common, mcnemar, robust_accuracy, summarize, worst_case
+from lit_adv.pictures import Examples, Line, curves_png, examples_png, image_grid, panels, png
 from lit_adv.tables import Row, columns, csv_bytes, interval, p_value, percent, threat
 
 if TYPE_CHECKING:
@@ -177,9 +169,11 @@ class Report:
         from rich.text import Text
 
         rows = self.rows()
-        table = Table(title=Text(f"{self.model} on {self.data}"), title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=Text(f"{self.model} on {self.data}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
+        )
         for column in columns(rows):
-            head = "\n".join(textwrap.wrap(column.group, 11) + textwrap.wrap(column.head, 9))
+            head = "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
             justify: Literal["left", "right"] = "right" if column.number else "left"
             table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold")
         for row in rows:
@@ -237,7 +231,7 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from error
-        paths = {}
+        paths: dict[str, Path] = {}
         for name, content in self._files():
             key = name.removeprefix("report.") if name.startswith("report.") else Path(name).stem
             paths[key] = folder / name
@@ -260,8 +254,13 @@ class Report:
                 yield f"examples_{stem}.png", examples_png(outcome.examples)
         yield "report.html", self._html().encode()
 
-    def _lines(self) -> dict[str, Records]:
-        return dict(zip(self.labels, [outcome.records for outcome in self.outcomes], strict=True))
+    def _lines(self) -> list[Line]:
+        names = list(dict.fromkeys(o.name for o in self.outcomes))
+        models = list(dict.fromkeys(o.model for o in self.outcomes))
+        return [
+            Line(label, o.records, names.index(o.name), models.index(o.model))
+            for label, o in zip(self.labels, self.outcomes, strict=True)
+        ]
 
     def _html(self) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -300,7 +299,7 @@ def _worst_row(verdict: Verdict) -> Row:
 
 def _masked(black: Outcome, group: Sequence[Outcome]) -> str | None:
     """Say if a black-box attack does better than the best white-box one on the same images."""
-    # An untargeted attack has the easier task; that it beats a targeted one says nothing.
+    # An untargeted attack has the easier task: that it beats a targeted one says nothing.
     whites = [o for o in group if o.access == "gradient" and (_targeted(black) or not _targeted(o))]
     if black.access == "gradient" or not whites:
         return None

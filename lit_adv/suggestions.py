@@ -98,12 +98,16 @@ def _unknown_key(message: str, known: Iterable[str]) -> str | None:
         group = re.search(r"Group '([^']+)'", message)
         if group:
             key = f"{group.group(1)}.{key}"
-        return f"there is no key {key}{_nearest(key, known)}"
+        group = key.split(".")[0]
+        inside = [name for name in known if name.startswith(f"{group}.")]
+        return f"there is no key {key}{_nearest(key, known) or _nearest(key, inside)}"
     return None
 
 
 def _missing_file(message: str) -> str | None:
-    found = re.search(r"Expected a path but (\S+) either not|File does not exist: '?([^'\n]+?)'?$", message, re.MULTILINE)
+    found = re.search(
+        r"Expected a path but (\S+) either not|File does not exist: '?([^'\n]+?)'?$", message, re.MULTILINE
+    )
     path = Path((found.group(1) or found.group(2)) if found else "")
     if not found or not (path.suffix or "/" in str(path)):
         return None
@@ -115,6 +119,7 @@ def _missing_file(message: str) -> str | None:
 def _reason(message: str) -> str:
     """What is left of the message when the account of what was tried is taken out."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [re.sub(r"Expected a <class '([\w.]+)'>\. Got value:", r"expected \1, got", line) for line in lines]
     reasons = [line for line in lines if line and not _NOISE.match(line)]
     expected = [found.group(1) for line in reasons if (found := re.match(r"Expected a <class '([\w.]+)'>$", line))]
     told = list(dict.fromkeys(line for line in reasons if not re.match(r"Expected a <class '[\w.]+'>$", line)))

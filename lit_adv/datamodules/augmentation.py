@@ -12,7 +12,7 @@ KEY = 0x617567  # "aug": apart from the numbers an attack draws with the same se
 
 
 def crop_and_flip(image: Tensor, index: Tensor, seed: int, epoch: int, padding: int, flip: bool) -> Tensor:
-    """Crop each image at random out of its zero-padded self and mirror every second one.
+    """Crop each image at random out of its zero-padded self, and mirror it or not.
 
     What befalls an image depends on seed, index and epoch alone, not on the batch or the process it is in.
 

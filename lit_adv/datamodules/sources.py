@@ -44,7 +44,7 @@ class PixelImages:
 
 @dataclass(frozen=True)
 class JpegImages:
-    """Images kept as JPEG bytes: image k is ``data[offsets[k]:offsets[k + 1]]``."""
+    """Images kept as JPEG files, one after another: image k is ``data[offsets[k]:offsets[k + 1]]``."""
 
     data: bytes
     offsets: Sequence[int]
@@ -53,8 +53,8 @@ class JpegImages:
     def images(self, places: Tensor) -> Tensor:
         from PIL import Image
 
-        pictures = (self.data[self.offsets[k] : self.offsets[k + 1]] for k in places.tolist())
-        return torch.stack([to_pixels(Image.open(io.BytesIO(picture))) for picture in pictures])
+        files = (self.data[self.offsets[k] : self.offsets[k + 1]] for k in places.tolist())
+        return torch.stack([to_pixels(Image.open(io.BytesIO(file))) for file in files])
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class FileImages:
 
 def to_pixels(picture: Image) -> Tensor:
     """A picture as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    colour = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return torch.from_numpy(np.array(colour)).permute(2, 0, 1)
 
 
 def default_data_dir() -> Path:

@@ -1,8 +1,8 @@
 """Training losses, one a file: from model and batch to a loss and what to log."""
 
-from .madry import Madry
-from .objective import Objective
-from .standard import Standard
-from .trades import TRADES
+from lit_adv.objectives.madry import Madry
+from lit_adv.objectives.objective import Objective
+from lit_adv.objectives.standard import Standard
+from lit_adv.objectives.trades import TRADES
 
 __all__ = ["TRADES", "Madry", "Objective", "Standard"]

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_adv.attack import IterativeAttack
-from lit_adv.oracle import QueryOracle, evaluating
-
-from .objective import LabelledImages, Objective, correct, cross_entropy
+from lit_adv.attack import IterativeAttack, attacking
+from lit_adv.objectives.objective import LabelledImages, Objective, correct, cross_entropy
+from lit_adv.oracle import QueryOracle
 
 
 class Madry(Objective):
@@ -63,9 +62,7 @@ class Madry(Objective):
             logits_adv = model(x_adv)
             return cross_entropy(logits_adv, y), {"robust_accuracy": correct(logits_adv, y)}
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)
-        loss = self.clean_share * cross_entropy(logits, y) + (1 - self.clean_share) * cross_entropy(
-            logits_adv, y
-        )
+        loss = self.clean_share * cross_entropy(logits, y) + (1 - self.clean_share) * cross_entropy(logits_adv, y)
         return loss, {"accuracy": correct(logits, y), "robust_accuracy": correct(logits_adv, y)}
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -78,7 +75,7 @@ class Madry(Objective):
         if share == 0.0:
             return x
         if self.attack_label == "predicted":
-            with evaluating(model), torch.no_grad():
+            with attacking(model), torch.no_grad():
                 y = model(x).argmax(dim=-1)
         oracle = QueryOracle(model, len(x), chunk=len(x))
         return scaled(self.attack, share).perturb(oracle, x, y).detach()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .objective import LabelledImages, Objective, correct, cross_entropy
+from lit_adv.objectives.objective import LabelledImages, Objective, correct, cross_entropy
 
 
 class Standard(Objective):

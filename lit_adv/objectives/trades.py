@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adv.attack import attacking
+from lit_adv.objectives.objective import LabelledImages, Objective, correct, cross_entropy
 from lit_adv.threat import ThreatModel
-
-from .objective import LabelledImages, Objective, correct, cross_entropy
 
 
 class TRADES(Objective):

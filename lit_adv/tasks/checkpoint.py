@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import build_module, is_recipe
+from lit_adv.tasks.recipe import build_module, is_recipe
 
 KEY = "lit_adv"
 FORMAT = 1
 _PREFIX = "model."
-_ANY_MODULE = (
-    "a network of your own is evaluated with --model.module CLASS_PATH, its weights loaded by itself"
-)
+_ANY_MODULE = "a network of your own is evaluated with --model.module CLASS_PATH, its weights loaded by itself"
 
 
 class CheckpointError(ValueError):

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_adv.datamodules import Batch
-
-from .task import MeanPerImage, Task
+from lit_adv.tasks.task import MeanPerImage, Task
 
 
 class Classification(Task):

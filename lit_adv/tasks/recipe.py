@@ -54,9 +54,7 @@ def _check(recipe: Mapping[str, Any], allow: Sequence[str]) -> None:
         # A function may be named by its path too; a string that could import some other package is refused.
         inside = _within(text, packages)
         if (inside and _resolve(text, packages) is None) or (not inside and _importable(text.split(".")[0])):
-            raise ValueError(
-                f"{text!r} names something outside {' or '.join(packages)}; if you trust it, allow it"
-            )
+            raise ValueError(f"{text!r} names something outside {' or '.join(packages)}; if you trust it, allow it")
 
 
 def _within(path: str, packages: Sequence[str]) -> bool:

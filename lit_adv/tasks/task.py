@@ -13,9 +13,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lit_adv.datamodules import Batch
 from lit_adv.objectives import Objective
-
-from .checkpoint import FORMAT, KEY, describe
-from .recipe import is_recipe
+from lit_adv.tasks.checkpoint import FORMAT, KEY, describe
+from lit_adv.tasks.recipe import is_recipe
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]

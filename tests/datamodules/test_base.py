@@ -305,3 +305,12 @@ def test_pickles_after_setup() -> None:
     data = Ramp()
     data.setup()
     assert indices(pickle.loads(pickle.dumps(data)).train_dataloader()) == indices(data.train_dataloader())
+
+
+def test_predicts_on_the_test_set() -> None:
+    class Indices(Watcher):
+        def predict_step(self, batch: Batch, place: int) -> Tensor:
+            return batch.index
+
+    predicted = trainer().predict(Indices(), Ramp(batch_size=8))
+    assert torch.cat(predicted).tolist() == list(range(20))

@@ -1,0 +1,130 @@
+"""What an evaluation has found so far, on disk, so that a broken run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class Archive:
+    """Records of finished images as lines of JSON, and their images in safetensors shards.
+
+    A run is known by the hash of all that decides its result; a run with other weights, another attack or other data
+    lies in a folder of its own. Lines are appended as images finish; shards appear whole or not at all.
+
+    Args:
+        folder: where the runs of one attack lie.
+        identity: what decides the result, ready for JSON; its hash names the run's folder.
+        rank: of this process, which writes files of its own and reads those of all.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.rank = rank
+        self._failed = False
+        self._attempt(lambda: self._begin(text))
+
+    def _begin(self, identity: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"identity.rank{self.rank}.json").write_text(identity)
+
+    def load(self) -> dict[int, dict[str, Any]]:
+        """Rows of all images finished before, by place in the data set; a line cut short is passed over."""
+        rows: dict[int, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("rank*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                    rows.setdefault(int(row["index"]), row)
+                except (ValueError, KeyError, TypeError):
+                    continue  # the run was stopped while it wrote this line
+        return rows
+
+    def images(self, limit: int | None = None) -> dict[int, dict[str, Tensor]]:
+        """Clean and returned images of finished rows by place in the data set, at most ``limit`` of them."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for path in sorted(self.folder.glob("rank*.safetensors")):
+            shard = load_file(path)
+            for place, index in enumerate(shard["index"].tolist()):
+                if limit is not None and len(found) >= limit:
+                    return found
+                found[index] = {name: value[place] for name, value in shard.items()}
+        return found
+
+    def append(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Add finished images: their shard first, then their lines, which make them count."""
+        self._attempt(lambda: self._write(rows, tensors))
+
+    def _write(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        if len(tensors.get("index", ())):
+            place = self.folder / f"rank{self.rank}.{int(tensors['index'][0])}.safetensors"
+            part = place.with_suffix(".part")
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
+            os.replace(part, place)
+        with (self.folder / f"rank{self.rank}.jsonl").open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def _attempt(self, write: Any) -> None:
+        """Write; a full or read-only disk costs the possibility to resume, not what was computed."""
+        if self._failed:
+            return
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # safetensors tells of a full disk by an error of its own
+            if not isinstance(error, OSError) and "SafetensorError" not in type(error).__name__:
+                raise
+            self._failed = True
+            warnings.warn(
+                f"cannot write to {self.folder} ({error}): the run goes on and its results are kept in memory, but it "
+                "cannot be resumed; free the disk or choose another dirpath",
+                stacklevel=3,
+            )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of a network's weights and buffers, the same on every device."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def configuration(thing: Any) -> Any:
+    """An object as plain data: its class path and the arguments it was made with, ready for JSON.
+
+    Objects keep their constructor's arguments under the arguments' names.
+    """
+    if thing is None or isinstance(thing, bool | int | str):
+        return thing
+    if isinstance(thing, float):
+        return thing if abs(thing) != float("inf") and thing == thing else str(thing)
+    if isinstance(thing, Path):
+        return str(thing)
+    if isinstance(thing, Mapping):
+        return {str(key): configuration(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [configuration(value) for value in thing]
+    if callable(thing) and hasattr(thing, "__qualname__"):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    return _constructed(thing)
+
+
+def _constructed(thing: Any) -> dict[str, Any]:
+    import inspect
+
+    names = [name for name in inspect.signature(type(thing).__init__).parameters if name != "self"]
+    arguments = {name: configuration(getattr(thing, name)) for name in names if hasattr(thing, name)}
+    return {"class_path": f"{type(thing).__module__}.{type(thing).__qualname__}", "init_args": arguments}

@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from lit_adv.callbacks.attack_evaluation import AttackEvaluation
+
+__all__ = ["AttackEvaluation"]

@@ -1,0 +1,126 @@
+"""The front door for a notebook: attack a model on some images, get the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_adv.attack import Attack
+from lit_adv.datamodules import Batch, ImageDataModule
+from lit_adv.protocol import Protocol
+from lit_adv.report import Report
+from lit_adv.trial import Trial
+
+Attacks = Sequence[Attack | Protocol] | Mapping[str, Attack]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: ImageDataModule | Iterable[Any] | tuple[Tensor, Tensor],
+    attacks: Attacks,
+    budget: int | None = None,
+    dirpath: str | Path | None = None,
+    max_samples: int | None = None,
+    name: str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Attack a model with several attacks; the same records, measures and report as ``evaluate.py``.
+
+    Args:
+        model: images (n, C, H, W) in [0, 1] to logits (n, K), on the device where it is to be attacked.
+        loader: a data module (its test images), batches of ``(image, label[, index])``, or one pair of tensors.
+        attacks: attacks by name, or a list of attacks or :class:`~lit_adv.protocol.Protocol`.
+        budget: queries per image, for attacks that bring no protocol of their own.
+        dirpath: folder for the records, from which a broken run resumes, and for the report; None: nothing is written.
+        max_samples: images looked at; None: all.
+        name: of the model in the report; default its class.
+        progress: whether to show a bar per attack.
+
+    Returns:
+        The report: print it, look at ``report.outcomes``, or ``report.write(folder)``.
+
+    Raises:
+        ValueError: no attack, or input that no attack can work on.
+    """
+    protocols = _protocols(attacks, budget, max_samples)
+    folder = None if dirpath is None else Path(dirpath)
+    data = loader.name if isinstance(loader, ImageDataModule) else ""
+    classes = loader.num_classes if isinstance(loader, ImageDataModule) else None
+    records = None if folder is None else folder / "attacks"
+    trials = [
+        Trial(protocol, model, data, classes, records, progress=progress, place=place)
+        for place, protocol in enumerate(protocols)
+    ]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for batch in _batches(loader):
+        moved = Batch(*(part.to(device) for part in batch))
+        for trial in trials:
+            trial.add(moved)
+    outcomes = [trial.outcome(trial.close()) for trial in trials]
+    report = Report(outcomes, name or type(model).__name__, data or "images given", versions())
+    if folder is not None:
+        report.write(folder)
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Date and versions, for a reader of the report."""
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("torch", "torchvision", "pytorch-lightning")}
+    from lit_adv import __version__
+
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "lit_adv": __version__, **packages}
+
+
+def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) -> list[Protocol]:
+    if not attacks:
+        raise ValueError("attacks is empty: give at least one, e.g. [PGD()]")
+    if isinstance(attacks, Mapping):
+        return [
+            Protocol(name=name, attack=attack, budget=budget, max_samples=max_samples)
+            for name, attack in attacks.items()
+        ]
+    found: list[Protocol] = []
+    for attack in attacks:
+        if isinstance(attack, Protocol):
+            found.append(attack)
+            continue
+        plain = type(attack).__name__.lower()
+        taken = sum(protocol.name.split("-")[0] == plain for protocol in found)
+        found.append(
+            Protocol(
+                name=f"{plain}-{taken + 1}" if taken else plain,
+                attack=attack,
+                budget=budget,
+                max_samples=max_samples,
+            )
+        )
+    return found
+
+
+def _batches(loader: ImageDataModule | Iterable[Any] | tuple[Tensor, Tensor]) -> Iterator[Batch]:
+    """Batches with places in the data set; where the loader gives none they are counted."""
+    if isinstance(loader, ImageDataModule):
+        loader.prepare_data()
+        loader.setup("test")
+        loader = loader.test_dataloader()
+    if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor):
+        loader = [loader]
+    seen = 0
+    for batch in loader:
+        if isinstance(batch, Batch):
+            yield batch
+        elif isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(p, Tensor) for p in batch):
+            image, label, *rest = batch
+            yield Batch(image, label, rest[0] if rest else torch.arange(seen, seen + len(image)))
+        else:
+            raise TypeError(
+                f"a loader must yield (image, label) or (image, label, index) tensors, got {type(batch).__name__}"
+            )
+        seen += len(batch[0])

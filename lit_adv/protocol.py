@@ -1,0 +1,82 @@
+"""How an attack is tried: what it is granted, on which images, and how its successes are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lit_adv.answers import Output
+from lit_adv.attack import Attack
+from lit_adv.oracle import Access
+
+AccessName = Literal["label", "probs", "logits", "gradient"]
+Target = Literal["none", "next", "random", "least_likely"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How an attack is tried: what it is granted, on which images, and how its successes are judged.
+
+    Args:
+        name: in metrics, tables and file names.
+        attack: what is tried.
+        access: what it is granted; None: just what it needs. Less is an error at once.
+        budget: queries per image; None: no limit.
+        target: target classes: none (untargeted), the next class, one drawn by (seed, index), or the clean image's
+            least likely.
+        max_samples: images looked at, those wrong at first included; None: all.
+        pool: images attacked together.
+        draws: fresh decisions by which images count as right at first and as broken; None: 1, or 30 if random.
+        surrogate: a method of the model that gradients go through instead of its own surrogate.
+        answers: answers averaged per query of a random model, each charged.
+        confirm: fresh answers that must agree before a hit counts; None: 1, or 31 if random.
+        chunk: images per forward; None: found on the way.
+        precision: ``bf16`` searches in bfloat16 and confirms every hit in float32 (values only, not gradients).
+        output: what the model returns.
+
+    Raises:
+        ValueError: an argument out of its range, or less access than the attack needs.
+    """
+
+    name: str
+    attack: Attack
+    access: AccessName | None = None
+    budget: int | None = None
+    target: Target = "none"
+    max_samples: int | None = None
+    pool: int = 512
+    draws: int | None = None
+    surrogate: str | None = None
+    answers: int = 1
+    confirm: int | None = None
+    chunk: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    output: Output = "logits"
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(letter.isalnum() or letter in "._-+" for letter in self.name):
+            raise ValueError(
+                f"name becomes part of files and metrics: letters, digits, '.', '_' and '-', got {self.name!r}"
+            )
+        if self.target not in ("none", "next", "random", "least_likely"):
+            raise ValueError(f"target must be none, next, random or least_likely, got {self.target!r}")
+        if self.pool < 1 or (self.max_samples is not None and self.max_samples < 1):
+            raise ValueError(f"pool and max_samples must be at least 1, got {self.pool} and {self.max_samples}")
+        if self.draws is not None and self.draws < 1:
+            raise ValueError(f"draws must be at least 1 or None, got {self.draws}")
+        if self.granted < self.attack.access:
+            raise ValueError(
+                f"{self.name}: access {self.access!r} is less than {type(self.attack).__name__} needs, "
+                f"{self.attack.access.name.lower()!r}"
+            )
+
+    @property
+    def granted(self) -> Access:
+        """What the attack may see."""
+        return self.attack.access if self.access is None else Access[self.access.upper()]
+
+
+def identity(protocol: Protocol) -> dict[str, Any]:
+    """All of a protocol that decides the record of an image: neither how many nor how fast."""
+    free = ("name", "max_samples", "pool", "chunk")
+    return {name: value for name, value in vars(protocol).items() if name not in free}

@@ -1,0 +1,332 @@
+"""One attack tried on one model: images gathered into pools, attacked, verified and written down."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lit_adv.answers import Output
+from lit_adv.archive import Archive, configuration, weights_hash
+from lit_adv.attack import IterativeAttack
+from lit_adv.chunk import Chunk
+from lit_adv.datamodules import Batch
+from lit_adv.draws import Draws
+from lit_adv.metrics import Records, wilson
+from lit_adv.oracle import QueryOracle
+from lit_adv.pictures import Examples
+from lit_adv.protocol import Protocol, identity
+from lit_adv.report import Outcome
+from lit_adv.search import AttackResult
+from lit_adv.verify import correct, verify
+
+_FLUSH_ROWS, _FLUSH_SECONDS = 64, 5.0
+
+
+@dataclass
+class _Pool:
+    """Images that wait for their attack, and finished ones that wait to be verified."""
+
+    waiting: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    finished: list[tuple[Tensor, AttackResult]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(len(images) for images, *_ in self.waiting)
+
+
+class Trial:
+    """A protocol carried out on one model and one data set.
+
+    ``add`` batches, then ``close``; what was written down by an earlier run of the same trial is not done again.
+
+    Args:
+        protocol: how the attack is tried.
+        model: the deployed model; attacked in eval mode and restored.
+        data: name and split of the data set, part of the trial's identity.
+        num_classes: classes of the data set, checked against the model's outputs; None: not known.
+        dirpath: folder for records and images; None: nothing is written.
+        rank: of this process. world: number of processes that share the images.
+        total: images that this process will be given, for the progress bar; None: not known.
+        progress: whether to show a progress bar. place: its line.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        model: nn.Module,
+        data: str = "",
+        num_classes: int | None = None,
+        dirpath: Path | None = None,
+        rank: int = 0,
+        world: int = 1,
+        total: int | None = None,
+        progress: bool = False,
+        place: int = 0,
+    ) -> None:
+        self.protocol, self.model, self.rank, self.world = protocol, model, rank, world
+        self.num_classes = num_classes
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.seconds, self.nonfinite = 0.0, 0
+        self._pool, self._seen, self._classes = _Pool(), 0, 0
+        self._examples: list[dict[str, Tensor]] = []
+        self._chunk: Chunk | None = None
+        self._flushed = time.perf_counter()
+        self._archive: Archive | None = None
+        if dirpath is not None:
+            known_by = {**configuration(identity(protocol)), "weights": weights_hash(model), "data": data}
+            self._archive = Archive(Path(dirpath) / protocol.name, known_by, rank)
+        self._known = self._archive.load() if self._archive is not None else {}
+        limit = protocol.max_samples
+        total = limit if total is None else total if limit is None else min(total, -(-limit // world))
+        self.bar = tqdm(total=total, desc=protocol.name, unit=" images", position=place, disable=not progress)
+
+    def add(self, batch: Batch) -> None:
+        """Take images on; they are attacked as soon as a pool of them waits."""
+        batch = self._within_limit(batch)
+        known = torch.tensor([int(index) in self._known for index in batch.index], dtype=torch.bool)
+        for index in batch.index[known].tolist():
+            self.rows[index] = self._known[index]
+        self.bar.update(int(known.sum()))
+        fresh = (~known).nonzero().squeeze(1).to(batch.image.device)
+        if not len(fresh):
+            return
+        x, y, index = (part[fresh].clone() for part in (batch.image, batch.label, batch.index))
+        self._look(x)
+        right = correct(
+            self.model, x, y, self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output
+        )
+        self._write_wrong(y[~right], index[~right])
+        target = self._targets(x, y, index)
+        chosen = right.nonzero().squeeze(1)
+        if len(chosen):
+            self._pool.waiting.append((x[chosen], y[chosen], index[chosen], None if target is None else target[chosen]))
+        if len(self._pool) >= self.protocol.pool:
+            self._attack()
+
+    def close(self) -> Records:
+        """Attack what still waits; the records of this process's images."""
+        if len(self._pool):
+            self._attack()
+        self.bar.close()
+        return Records.from_rows([{k: v for k, v in row.items() if k != "trace"} for row in self.rows.values()])
+
+    def outcome(self, records: Records, model: str | None = None) -> Outcome:
+        """What goes into the report."""
+        threat = self.protocol.attack.threat
+        return Outcome(
+            name=self.protocol.name,
+            records=records,
+            norm=threat.norm,
+            eps=threat.radius,
+            budget=self.protocol.budget,
+            draws=self.draws,
+            config=configuration(identity(self.protocol)),
+            access=self.protocol.granted.name.lower(),
+            examples=self.examples(),
+            seconds=self.seconds,
+            notes=tuple(self._notes(records)),
+            model=model,
+        )
+
+    @property
+    def draws(self) -> int:
+        """Fresh decisions by which images are judged."""
+        given = self.protocol.draws
+        return given if given is not None else (30 if getattr(self.model, "stochastic", False) else 1)
+
+    def examples(self, count: int = 8) -> Examples | None:
+        """Clean and returned images of the first successes by place in the data set; failures where there are none."""
+        found = self._archive.images() if self._archive is not None else {}
+        found |= {int(image["index"]): image for image in self._examples}
+        broken = [index for index in sorted(found) if self.rows.get(index, {}).get("verified")]
+        chosen = (broken or sorted(found))[:count]
+        if not chosen:
+            return None
+        stacked = {name: torch.stack([found[i][name] for i in chosen]) for name in found[chosen[0]]}
+        return Examples(**stacked)
+
+    def _within_limit(self, batch: Batch) -> Batch:
+        """The first ``max_samples`` of the data set, whatever the number of processes that share it."""
+        place = (self._seen + torch.arange(len(batch.index))) * self.world + self.rank
+        self._seen += len(batch.index)
+        limit = self.protocol.max_samples
+        if limit is None or (len(place) and int(place[-1]) < limit):
+            return Batch(*batch)
+        kept = (place < limit).to(batch.image.device)
+        return Batch(batch.image[kept], batch.label[kept], batch.index[kept])
+
+    def _look(self, x: Tensor) -> None:
+        """Learn the number of classes, once, and hold it against the data's."""
+        if self._classes:
+            return
+        with torch.no_grad():
+            self._classes = _classes_of(self.model, x[:1], self.protocol.output, self.num_classes)
+        if self.num_classes is not None and self._classes != self.num_classes:
+            raise ValueError(
+                f"{type(self.model).__name__} answers {self._classes} classes and the data set has {self.num_classes}: "
+                "choose the data the model was trained on"
+            )
+        attack, budget = self.protocol.attack, self.protocol.budget
+        if budget is not None and isinstance(attack, IterativeAttack) and budget < attack.cost(x.shape[1:]):
+            warnings.warn(
+                f"{self.protocol.name}: a budget of {budget} does not cover a step's {attack.cost(x.shape[1:])} queries",
+                stacklevel=4,
+            )
+
+    def _targets(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor | None:
+        rule, classes = self.protocol.target, self._classes
+        if rule == "none":
+            return None
+        if rule == "next":
+            return (y + 1) % classes
+        if rule == "random":
+            draws = Draws(self._seed, index, torch.full_like(index, -5))
+            return (y + 1 + draws.integers(classes - 1)) % classes
+        with torch.no_grad():
+            scores = torch.cat([self.model(part) for part in torch.split(x, self._images_at_once)])[:, :classes]
+        return scores.scatter(1, y[:, None], torch.inf).argmin(1)
+
+    def _attack(self) -> None:
+        begun = time.perf_counter()
+        columns = list(zip(*self._pool.waiting, strict=True))
+        x, y, index = (torch.cat(column) for column in columns[:3])
+        target = None if columns[3][0] is None else torch.cat(columns[3])
+        self._pool.waiting.clear()
+        protocol = self.protocol
+        oracle = QueryOracle(
+            self.model, len(x), protocol.granted, protocol.budget, self._chunk or protocol.chunk, protocol.surrogate,
+            protocol.answers, protocol.confirm, _Bf16(self.model) if protocol.precision == "bf16" else None,
+            protocol.output, index=index, seed=self._seed,
+        )  # fmt: skip
+        self._chunk = oracle.chunk_tuner
+        pool = (x, y, index, target)
+        result = protocol.attack(
+            oracle, x, y, target, index, finished=lambda rows, ended: self._finish(pool, rows, ended)
+        )
+        self._flush(pool)
+        self.nonfinite += result.nonfinite
+        self.seconds += time.perf_counter() - begun
+
+    def _finish(self, pool: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, result: AttackResult) -> None:
+        self._pool.finished.append((rows, result))
+        waiting = sum(len(ended) for ended, _ in self._pool.finished)
+        if waiting >= _FLUSH_ROWS or time.perf_counter() - self._flushed > _FLUSH_SECONDS:
+            self._flush(pool)
+
+    def _flush(self, pool: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        """Verify finished images and write them down."""
+        finished, self._pool.finished = self._pool.finished, []
+        self._flushed = time.perf_counter()
+        if not finished:
+            return
+        rows = torch.cat([ended for ended, _ in finished])
+        x_adv = torch.cat([result.x_adv for _, result in finished])
+        x0, y, index = (part[rows] for part in pool[:3])
+        target = None if pool[3] is None else pool[3][rows]
+        seen = verify(
+            self.model, self.protocol.attack.threat, x_adv, x0, y, target,
+            self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output,
+        )  # fmt: skip
+        delta = (x_adv.double() - x0.double()).flatten(1)
+        columns: dict[str, Tensor] = {
+            "index": index, "label": y, "target": torch.full_like(y, -1) if target is None else target,
+            "clean_correct": torch.ones_like(seen.any), "verified": seen.verified, "verified_any": seen.any,
+            "verified_mean": seen.mean, "rounded": seen.rounded,
+            "l2": delta.norm(dim=1), "linf": delta.abs().amax(1),
+        }  # fmt: skip
+        for name in ("distance", "queries", "checks", "first_hit", "iterations"):
+            columns[name] = torch.cat([getattr(result, name) for _, result in finished])
+        columns["claimed"] = torch.cat([result.success for _, result in finished])
+        columns["verified"] &= columns["claimed"]  # what the attacker could not know within its budget is no success
+        columns["rounded"] &= columns["claimed"]
+        traces = [_trace(result, row) for _, result in finished for row in range(len(result))]
+        images = {"index": index, "label": y, "predicted": seen.label, "x0": x0, "x_adv": x_adv}
+        self._write([{**row, "trace": trace} for row, trace in zip(_rows(columns), traces, strict=True)], images)
+
+    def _write_wrong(self, y: Tensor, index: Tensor) -> None:
+        """Images wrong at first: never attacked, broken at distance 0 with no query."""
+        zero = torch.zeros_like(y)
+        no, nothing = zero.bool(), zero.double()
+        columns = {
+            "index": index, "label": y, "target": zero - 1, "clean_correct": no, "claimed": no, "verified": no,
+            "verified_any": no, "verified_mean": nothing, "rounded": no, "distance": nothing, "l2": nothing,
+            "linf": nothing, "queries": zero, "checks": zero, "first_hit": zero - 1, "iterations": zero,
+        }  # fmt: skip
+        self._write([{**row, "trace": []} for row in _rows(columns)], {})
+
+    def _write(self, rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
+        if not rows:
+            return
+        if self._archive is not None:
+            self._archive.append(rows, images)
+        elif images and len(self._examples) < 64:
+            self._examples += [{name: value[i].cpu() for name, value in images.items()} for i in range(len(rows))][:64]
+        self.rows |= {int(row["index"]): row for row in rows}
+        self.bar.update(len(rows))
+        attacked = [row for row in self.rows.values() if row["clean_correct"]]
+        broken, queries = sum(row["verified"] for row in attacked), sum(row["queries"] for row in attacked)
+        self.bar.set_postfix_str(f"success {broken / max(1, len(attacked)):.1%}, {queries:,} queries", refresh=False)
+
+    def _notes(self, records: Records) -> list[str]:
+        notes = []
+        interval = wilson(int(records.clean_correct.sum()), len(records))
+        if interval is not None and self._classes and interval.high < 1.5 / self._classes:
+            notes.append(
+                "the clean accuracy is that of guessing: does the model expect another range of pixels, normalise "
+                "twice, or hold untrained weights?"
+            )
+        lost = int((records.claimed & ~records.verified).sum())
+        if lost:
+            notes.append(f"{lost} claimed successes did not survive verification and do not count")
+        if self.nonfinite:
+            notes.append(f"{self.nonfinite} answers held NaN and counted as no success")
+        return notes
+
+    @property
+    def _seed(self) -> int:
+        return self.protocol.attack.seed
+
+    @property
+    def _images_at_once(self) -> int:
+        return self._chunk.size if self._chunk is not None else (self.protocol.chunk or 256)
+
+
+class _Bf16(nn.Module):
+    """A model run in bfloat16 by autocast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.model(x)
+
+
+def _classes_of(model: nn.Module, x: Tensor, output: Output, known: int | None) -> int:
+    if output == "labels":
+        return known or 0
+    draws = {"draws": Draws(0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), -6)}
+    answer = model(x, **draws) if getattr(model, "stochastic", False) else model(x)
+    if not isinstance(answer, Tensor) or answer.dim() != 2:
+        return known or 0  # refused with its reason by the first look at all images
+    return answer.shape[1] - (getattr(model, "reject", None) is not None)
+
+
+def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+    lists = {name: [_plain(v) for v in value.cpu().tolist()] for name, value in columns.items()}
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _plain(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _trace(result: AttackResult, row: int) -> list[list[float]]:
+    return [entry[1:] for entry in result.trace[result.trace[:, 0] == row].tolist()]
