@@ -112,7 +112,7 @@ def _sure_images(model: nn.Module, count: int, shape: Sequence[int], device: tor
     """The random images that the model is surest of, and its decisions on them."""
     x = torch.rand(4 * count, *shape, device=device)
     with torch.no_grad():
-        top = torch.cat([model(part) for part in x.split(64)]).topk(2, dim=-1)
+        top = torch.cat([model(part) for part in torch.split(x, 64)]).topk(2, dim=-1)
     chosen = (top.values[:, 0] - top.values[:, 1]).topk(count).indices
     return x[chosen], top.indices[chosen, 0]
 

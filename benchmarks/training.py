@@ -90,12 +90,12 @@ def _loop(case: Case, x: Tensor, y: Tensor) -> None:
     model = copy.deepcopy(case.model).to(x.device)
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(case.epochs):
-        for chosen in torch.randperm(len(x), device=x.device).split(BATCH):
+        for chosen in torch.split(torch.randperm(len(x), device=x.device), BATCH):
             image, label = x[chosen], y[chosen]
             x_adv = _perturb(model.eval(), image, label)
             loss = F.cross_entropy(model.train()(x_adv), label)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
 

@@ -12,10 +12,11 @@ Output = Literal["logits", "log_probs", "probs", "labels"]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[bool]:
-    """The model in eval mode; each submodule's own mode is restored. Yields whether any was in training mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[bool]:
+    """The models in eval mode; each submodule's own mode is restored. Yields whether any was in training mode."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
     try:
         yield bool(training)
     finally:
@@ -36,14 +37,15 @@ def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> 
             "picks the logits"
         )
     if output == "labels":
+        if answer.numel() != images or answer.is_floating_point():
+            raise ValueError(
+                f"{name} must return one integer label per image where output='labels', got shape {tuple(answer.shape)} "
+                f"of {answer.dtype}"
+            )
         return
     if answer.dim() != 2 or len(answer) != images or answer.shape[1] < 2:
         raise ValueError(f"{name} must return logits ({images}, K >= 2), got shape {tuple(answer.shape)}")
     answer = answer.detach().float()
-    if images and not answer.isfinite().any(1).all():
-        bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
-        where = f"its weights hold NaN or inf in {', '.join(bad[:3])}" if bad else "its weights are finite"
-        raise ValueError(f"{name} answers {int((~answer.isfinite().any(1)).sum())} images with NaN or inf; {where}")
     if output == "logits" and images and _are_probabilities(answer):
         raise ValueError(
             f"{name} returns probabilities (each row lies in [0, 1] and sums to 1) where logits are expected: remove "
@@ -51,6 +53,27 @@ def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> 
         )
     if output == "logits" and images and _are_normalised_twice(answer):
         raise ValueError(f"{name} normalises its answers twice (a log-softmax over probabilities): remove its softmax")
+
+
+def check_finite(answer: Tensor, model: nn.Module) -> None:
+    """Refuse a model that answers clean images with NaN, naming the weights that hold it.
+
+    Raises:
+        ValueError: an answer of which nothing is finite.
+    """
+    lost = int((~answer.isfinite().any(-1)).sum())
+    if not lost:
+        return
+    bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    where = f"its weights hold NaN or inf in {', '.join(bad[:3])}" if bad else "its weights are finite"
+    raise ValueError(f"{type(model).__name__} answers {lost} of {len(answer)} images with NaN or inf; {where}")
+
+
+def label_of(answer: Tensor, output: Output) -> Tensor:
+    """Decisions, (n,) int64; -1 where the answer holds NaN."""
+    if output == "labels":
+        return answer.view(len(answer)).long()
+    return answer.argmax(-1).masked_fill(answer.isnan().any(-1), -1)
 
 
 def _are_probabilities(answer: Tensor) -> bool:
@@ -61,4 +84,5 @@ def _are_normalised_twice(answer: Tensor) -> bool:
     if not (answer.logsumexp(1).abs() < 1e-3).all():
         return False
     inner = answer + (1 - answer.sum(1, keepdim=True)) / answer.shape[1]  # the probabilities, were there any
-    return bool((inner >= -1e-3).all() and inner.amax(1).mean() > 0.5)
+    # an unsure log-softmax looks alike; only nearly certain inner probabilities are no coincidence
+    return bool(answer.shape[1] > 2 and (inner >= -1e-3).all() and inner.amax(1).mean() > 0.9)

@@ -124,10 +124,24 @@ class IterativeAttack(Attack):
         index: Tensor | None = None,
         finished: Finished | None = None,
     ) -> AttackResult:
+        with torch.inference_mode(False):
+            return self._attack(oracle, x, y, target, index, finished)
+
+    def _attack(
+        self,
+        oracle: QueryOracle | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None,
+        index: Tensor | None,
+        finished: Finished | None,
+    ) -> AttackResult:
         if not isinstance(oracle, QueryOracle):
             oracle = QueryOracle(oracle, len(x))
-        check_images(x, self.threat, oracle.device)
+        check_images(x, self.threat, oracle.device, oracle.dtype)
         y, target = check_labels(y, target, x)
+        if index is not None and index.shape != (len(x),):
+            raise ValueError(f"index must hold one place per image, shape ({len(x)},), got {tuple(index.shape)}")
         if oracle.access < self.access:
             raise AccessDenied(
                 f"{type(self).__name__} needs {self.access.name} access and was granted {oracle.access.name}: grant "
@@ -135,13 +149,15 @@ class IterativeAttack(Attack):
             )
         if len(oracle.queries) != len(x):
             raise ValueError(f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images")
-        with attacking(oracle.model) as was_training, torch.no_grad():
+        with attacking(*oracle.models) as was_training, torch.no_grad():
             if was_training:
                 warnings.warn(
                     f"{type(oracle.model).__name__} was in training mode: it is attacked in eval mode and restored",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            x = x.clone()  # an inference-mode tensor cannot enter a graph
+            # what was made in inference mode can neither enter a graph nor be updated in place outside it
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.clone()
+            oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
             search = Search(self, oracle, x, y, target, oracle.index, finished)
             return self._run(search, torch.arange(len(x), device=x.device))
@@ -178,8 +194,9 @@ class IterativeAttack(Attack):
         seed = self.seed
         if index is None:
             seed, index = int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device)
-        with attacking(oracle.model), torch.no_grad():
+        with attacking(*oracle.models), torch.no_grad():
             x = x.detach().clone()
+            oracle.index, oracle.seed = index, seed
             search = Search(self, oracle, x, y, target, index, watch=False)
             search.seed = seed
             state = self.start(search, torch.arange(len(x), device=x.device))
@@ -190,22 +207,24 @@ class IterativeAttack(Attack):
 
 
 @contextmanager
-def attacking(model: nn.Module) -> Iterator[bool]:
+def attacking(*models: nn.Module) -> Iterator[bool]:
     """Eval mode (restored), no inference mode, no float16 autocast, in which small gradients vanish; bf16 stays.
 
     Yields whether the model was in training mode.
     """
-    kind = next((p.device.type for p in model.parameters()), "cpu")
+    kind = next((p.device.type for p in models[0].parameters()), "cpu")
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     with (
-        evaluating(model) as was_training,
+        evaluating(*models) as was_training,
         torch.inference_mode(False),
         torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not half),
     ):
         yield was_training
 
 
-def check_images(x: Tensor, threat: ThreatModel, device: torch.device | None = None) -> None:
+def check_images(
+    x: Tensor, threat: ThreatModel, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Refuse what is not a batch of images in the box, naming the remedy.
 
     Raises:
@@ -220,6 +239,8 @@ def check_images(x: Tensor, threat: ThreatModel, device: torch.device | None = N
         raise ValueError(f"images must be (B, C, H, W), got shape {tuple(x.shape)}")
     if device is not None and x.device.type != device.type:
         raise ValueError(f"images are on {x.device} and the model on {device}: move one to the other")
+    if {x.dtype, dtype} == {torch.float32, torch.float64}:
+        raise ValueError(f"images are {x.dtype} and the model's weights {dtype}: cast one to the other")
     if not len(x):
         return
     if not x.isfinite().all():

@@ -3,12 +3,12 @@
 import datetime
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pytorch_lightning as pl
 import rich
 import torch
 import yaml
@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
+import lit_adv
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.datamodules import ImageDataModule
 from lit_adv.report import Report
@@ -24,6 +25,13 @@ from lit_adv.suggestions import explain
 from lit_adv.tasks import Checkpoint, Classification, Task, export_checkpoint, load_weights
 
 Arguments = Sequence[str] | None
+
+# Warnings about Lightning's own calls, and one about loaders that need no workers: their images lie in memory.
+_NOT_OURS = (
+    r"\s*(By default only one JsonargparseDeprecationWarning|skip_none parameter was deprecated)",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*does not have many workers",
+)
 
 
 def train_main(args: Arguments = None) -> None:
@@ -92,7 +100,8 @@ class AdvCLI(LightningCLI):
         super().__init__(
             model,
             ImageDataModule,
-            trainer_defaults={"inference_mode": False},  # attacks in validation and test need gradients
+            # Attacks in validation and test need gradients; all that is logged is logged once an epoch.
+            trainer_defaults={"inference_mode": False, "log_every_n_steps": 1},
             seed_everything_default=0,
             subclass_mode_data=True,
             parser_class=Parser,
@@ -110,6 +119,10 @@ class AdvCLI(LightningCLI):
             default=None,
             help="Name of the run; default: the first configuration's.",
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line given, or the process's own."""
+        self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer."""
@@ -170,7 +183,10 @@ class TrainCLI(AdvCLI):
     def instantiate_classes(self) -> None:
         """Build everything; the task notes the configuration it came from."""
         super().instantiate_classes()
-        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        run = self.config_init[self.subcommand]
+        if run.get("weights_only") is None:
+            run["weights_only"] = True  # a checkpoint to go on from is read without running code, too
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         self.model.remember(plain[self.subcommand]["model"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -187,7 +203,7 @@ class TrainCLI(AdvCLI):
     def after_fit(self) -> None:
         """Put the best weights where the configuration wants them."""
         target = self._get(self.config, "save_as")
-        if target is None or self.trainer.fast_dev_run:
+        if target is None or self._get(self.config, "trainer").fast_dev_run:
             return
         keeper = self.trainer.checkpoint_callback
         if not isinstance(keeper, ModelCheckpoint) or not keeper.best_model_path:
@@ -213,10 +229,11 @@ class EvaluateCLI(AdvCLI):
     def evaluate(self) -> Report | None:
         """Test and attack the network, print the table, write the report; ``None`` on all processes but the first."""
         self.trainer.test(self.model, self.datamodule, verbose=False)
-        attacks = [callback for callback in self.trainer.callbacks if isinstance(callback, AttackEvaluation)]
+        attacks = [callback for callback in self.trainer.callbacks if isinstance(callback, AttackEvaluation)]  # type: ignore[attr-defined]
+        outcomes = [attack.outcome for attack in attacks if attack.outcome is not None]
         if not self.trainer.is_global_zero:
             return None
-        report = Report([attack.outcome for attack in attacks], self.model_name, self.datamodule.name, _facts())
+        report = Report(outcomes, self.model_name, self.datamodule.name, _facts())
         rich.print(report.table())
         folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"
         for path in report.write(Path(folder)).values():
@@ -251,9 +268,9 @@ def _facts() -> dict[str, str]:
     """What a reader needs to know about where the figures come from."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "lit_adv": version("lit_adv"),
+        "lit_adv": lit_adv.__version__,
         "torch": torch.__version__,
-        "pytorch_lightning": pl.__version__,
+        "pytorch_lightning": version("pytorch-lightning"),
     }
 
 
@@ -266,7 +283,10 @@ def _as_list(value: Any) -> list[Any]:
 def _run(main: Callable[[], object]) -> None:
     """Run a command line; an error that this package raised on purpose is told in one line."""
     try:
-        main()
+        with warnings.catch_warnings():
+            for message in _NOT_OURS:
+                warnings.filterwarnings("ignore", message=message)
+            main()
     except (ValueError, TypeError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if "jsonargparse" in raised_in.parts:

@@ -32,9 +32,9 @@ class Defense(nn.Module):
         """Logits (n, K), or (n, K + 1) with a refusal, of images (n, C, H, W) in [0, 1]."""
         raise TypeError(f"{type(self).__name__} must define forward(x): images (n, C, H, W) to logits (n, K)")
 
-    def surrogate(self, x: Tensor) -> Tensor:
+    def surrogate(self, x: Tensor, **draws: Draws) -> Tensor:
         """The same value (if not stochastic) with a useful gradient; see :func:`straight_through`."""
-        return self(x)
+        return self(x, **draws)
 
     def averaged(self, x: Tensor, answers: int, draws: Draws | None = None) -> Tensor:
         """Log of the mean probabilities of ``answers`` fresh answers to each image: (n, K) or (n, K + 1)."""
@@ -43,7 +43,9 @@ class Defense(nn.Module):
         total: Tensor | None = None
         for number in range(answers):
             given = {} if draws is None else {"draws": draws.later(number)}
-            logs = self(x, **given).float().log_softmax(-1)
+            answer: Tensor = self(x, **given)
+            half = answer.dtype in (torch.float16, torch.bfloat16)
+            logs = (answer.float() if half else answer).log_softmax(-1)
             total = logs if total is None else torch.logaddexp(total, logs)
         if total is None:
             raise ValueError(f"answers must be at least 1, got {answers}")

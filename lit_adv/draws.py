@@ -20,7 +20,7 @@ class Draws:
     in any order; all are made in float32 and only then cast, so a float64 run sees the same ones.
 
     A call with ``first > 0`` continues the call before it: a population may be drawn in blocks of any size. Where rows
-    stand at different blocks ``first`` is a tensor (n,); such calls all belong to one stream of their own.
+    stand at different blocks ``first`` is a tensor (n,); such calls all belong to one stream, apart from the others.
 
     Args:
         seed: the run's seed, any integer.
@@ -79,7 +79,7 @@ class Draws:
         """Hashed words, (n, samples, width) int32."""
         if isinstance(first, int) and first == 0:
             self._calls += 1
-        low, high = self._row_keys(kind)
+        low, high = self._row_keys(kind, self._calls if isinstance(first, int) else -1)
         begin = _int32((torch.as_tensor(first, device=low.device) * width) & _WORD)
         counter = torch.arange(samples * width, dtype=torch.int32, device=low.device)
         word = counter + (low + begin)[:, None]
@@ -91,10 +91,10 @@ class Draws:
         word ^= (word >> 15) & 0x1FFFF
         return word.view(len(self), samples, width)
 
-    def _row_keys(self, kind: int) -> tuple[Tensor, Tensor]:
+    def _row_keys(self, kind: int, call: int) -> tuple[Tensor, Tensor]:
         """Two 32-bit words per row from everything that names the stream, by 64-bit mixing."""
         hashed = torch.full_like(self.index, _signed64(self.seed * 0x9E3779B97F4A7C15), dtype=torch.int64)
-        for part in (self.index, self.step, self.key, self._calls, kind):
+        for part in (self.index, self.step, self.key, call, kind):
             hashed = _mix64(hashed ^ _mix64(torch.as_tensor(part, device=hashed.device, dtype=torch.int64)))
         return _int32(hashed & _WORD), _int32((hashed >> 32) & _WORD)
 

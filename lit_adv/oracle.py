@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lit_adv.answers import Output, check_answer
+from lit_adv.answers import Output, check_answer, check_finite, label_of
 from lit_adv.chunk import Chunk
 from lit_adv.defense import Defense
 from lit_adv.draws import Draws
@@ -80,15 +80,18 @@ class QueryOracle:
     ) -> None:
         _check_numbers(budget, answers, confirm, floor, output)
         self.model, self.access, self.budget = model, Access(access), budget
-        self.answers, self.fast, self.output, self.floor, self.seed = answers, fast, output, floor, seed
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.fast, self.output, self.floor, self.seed = fast, output, floor, seed
+        tensors = [*model.parameters(), *model.buffers()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
         self.chunk_tuner = chunk if isinstance(chunk, Chunk) else Chunk(chunk, self.device)
         self.stochastic: bool = bool(getattr(model, "stochastic", False))
         self.reject: int | None = getattr(model, "reject", None)
         self.queries = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.index = torch.arange(rows) if index is None else index
         self._surrogate = _surrogate_of(model, surrogate)
-        self.confirmations = confirm if confirm is not None else (31 if self.stochastic else 1)
+        self.answers = answers if self.stochastic else 1  # a deterministic model would only repeat itself
+        self.confirmations = (31 if confirm is None else confirm) if self.stochastic else 1
         self.doubtful = self.stochastic or fast is not None or surrogate is not None
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
         self._asked = False
@@ -97,6 +100,11 @@ class QueryOracle:
     def chunk(self) -> int:
         """Images per forward at present."""
         return self.chunk_tuner.size
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All modules that answer."""
+        return [self.model] if self.fast is None else [self.model, self.fast]
 
     def remaining(self, rows: Tensor) -> Tensor:
         """Images that each of ``rows`` may still ask about, (n,) int64; a very large number if unlimited."""
@@ -172,7 +180,7 @@ class QueryOracle:
 
     def _averaged_label(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.stochastic:
-            return cast(Defense, self.model).averaged(x, self.confirmations, draws=draws).argmax(-1)
+            return self._decide(cast(Defense, self.model).averaged(x, self.confirmations, draws=draws))
         return self._decide(self._deployed(x, draws))
 
     def _labels(self, flat: Tensor, draws: Draws | None) -> Tensor:
@@ -180,7 +188,9 @@ class QueryOracle:
         return self._decide(self._in_chunks(ask, flat, draws))
 
     def _decide(self, answer: Tensor) -> Tensor:
-        return answer.view(len(answer)).long() if self.output == "labels" else answer.argmax(-1)
+        labels = label_of(answer, self.output)
+        self.nonfinite += (labels < 0).sum()
+        return labels
 
     def _draws(self, flat_rows: Tensor) -> Draws | None:
         """A random model's numbers for these queries, keyed by image index and number of the query."""
@@ -196,13 +206,19 @@ class QueryOracle:
 
     def _fast(self, x: Tensor) -> Tensor:
         assert self.fast is not None
-        return self.fast(x)
+        return self.fast(self._cast(x))
 
     def _deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
+        x = self._cast(x)
         return self.model(x) if draws is None else self.model(x, draws=draws)
 
     def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor:
+        x = self._cast(x)
         return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """A half-precision model gets half-precision images; the attack's arithmetic stays in float32."""
+        return x.to(self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else x
 
     def _in_chunks(self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None) -> Tensor:
         """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
@@ -235,6 +251,8 @@ class QueryOracle:
     def _checked(self, answer: Tensor, images: int) -> Tensor:
         if not self._asked:
             check_answer(answer, images, self.output, self.model)
+            if self.output != "labels":
+                check_finite(answer, self.model)
             self._asked = images > 0
         return answer
 
@@ -275,7 +293,7 @@ class _Differentiable(torch.autograd.Function):
             leaf, answer = ctx.graph
             ctx.graph = None
             try:
-                return torch.autograd.grad(answer, leaf, grad_output)[0], None, None
+                return _gradient(oracle, answer, leaf, grad_output), None, None
             except torch.OutOfMemoryError:
                 del leaf, answer
                 oracle.chunk_tuner.halve()
@@ -286,7 +304,7 @@ class _Differentiable(torch.autograd.Function):
             keyed = ctx.draws and ctx.draws[torch.arange(part.start, part.stop, device=flat.device)]
             try:
                 leaf, answer = _graph(oracle, flat[part], keyed)
-                gradient[part] = torch.autograd.grad(answer, leaf, grad_output[part])[0]
+                gradient[part] = _gradient(oracle, answer, leaf, grad_output[part])
             except torch.OutOfMemoryError:
                 oracle.chunk_tuner.halve()
                 continue
@@ -299,11 +317,22 @@ def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor,
         leaf = x.detach().requires_grad_()
         answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
     if not answer.requires_grad:
-        raise ValueError(
-            f"{type(oracle.model).__name__} gave an answer without a gradient: it detaches its input, or runs under "
-            "no_grad; give it a surrogate, or attack it as a black box"
-        )
+        raise _no_gradient(oracle)
     return leaf, answer
+
+
+def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
+    if gradient is None:
+        raise _no_gradient(oracle)
+    return gradient
+
+
+def _no_gradient(oracle: QueryOracle) -> ValueError:
+    return ValueError(
+        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the images: it detaches or "
+        "rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
+    )
 
 
 def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:

@@ -210,7 +210,7 @@ class Search:
         if check:
             self.checks[state.rows] += self.oracle.queries[state.rows] - before
         if candidate:
-            self._offer(x.detach(), answer.detach(), state, before)
+            self._offer(x.detach(), answer.detach(), state, before, asked)
         return answer
 
     def _rounded(self, x: Tensor, state: State) -> Tensor:
@@ -248,10 +248,10 @@ class Search:
                 )
         return answer
 
-    def _offer(self, x: Tensor, answer: Tensor, state: State, before: Tensor) -> None:
+    def _offer(self, x: Tensor, answer: Tensor, state: State, before: Tensor, asked: Tensor | None) -> None:
         """Keep the first (or nearest) adversarial candidate of each row.
 
-        Shape: x (n, [s,] C, H, W), answer scores (n, [s,] K) or labels (n, [s]), before (n,).
+        Shape: x (n, [s,] C, H, W), answer scores (n, [s,] K) or labels (n, [s]), before (n,), asked (n, s).
         """
         x = x if x.dim() == 5 else x.unsqueeze(1)
         samples = x.shape[1]
@@ -265,11 +265,16 @@ class Search:
             hit = hit & (answer.view(len(x), samples) >= 0)
         found = hit.any(1).nonzero().squeeze(1)
         if len(found):
-            self._keep(x[found], hit[found], state[found], before[found])
+            order = (
+                torch.arange(1, samples + 1, device=x.device).expand(len(x), -1) if asked is None else asked.cumsum(1)
+            )
+            spent = before[:, None] + order * self.oracle.answers
+            self._keep(x[found], hit[found], state[found], spent[found])
 
-    def _keep(self, x: Tensor, hit: Tensor, state: State, before: Tensor) -> None:
+    def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor) -> None:
         flat, samples = x.flatten(0, 1), x.shape[1]
         x0 = state.x0.repeat_interleave(samples, 0)
+        hit = hit & self.threat.in_box(flat).view(hit.shape)  # what is no image is no adversarial image
         distance = self.threat.distance(flat, x0).view(hit.shape).masked_fill(~hit, torch.inf)
         valid = hit & self.threat.within(flat, x0).view(hit.shape)
         if self.attack.minimizes_distance:
@@ -283,7 +288,7 @@ class Search:
         if not len(kept):
             return
         x, rows = x[kept, place[kept]], state.rows[kept]
-        spent = before[kept] + (place[kept] + 1) * self.oracle.answers
+        spent = spent[kept, place[kept]]
         t, near, valid, y = state.t[kept], near[kept], valid[kept], state.y[kept]
         if self.oracle.doubtful:
             label = self.oracle.confirm(x, rows)
@@ -295,7 +300,7 @@ class Search:
 
     def _better(self, distance: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
         if self.attack.minimizes_distance:
-            return distance < self.distance[rows]
+            return (distance < self.distance[rows]) & (valid | ~self.success[rows])
         return (valid | (~self.success[rows] & (distance < self.distance[rows]))) & ~(
             self.success[rows] & self.attack.stop_at_hit
         )
@@ -310,15 +315,19 @@ class Search:
         self.success[first] = True
         self._trace.append(torch.stack([v.double() for v in (rows, t, spent, distance)], 1))
 
+    def won(self, state: State) -> Tensor:
+        """Rows that are about to leave because they have won, (n,) bool."""
+        if not self.watch or not self.attack.stop_at_hit or self.attack.minimizes_distance:
+            return torch.zeros_like(state.done)
+        return self.success[state.rows]
+
     def retire(self, state: State) -> tuple[State, Tensor]:
         """The rows that go on, and those to be started anew.
 
         A row ends when it has won, is done, or is out of steps or budget. One that ends without a win has its last
         candidate asked once more, charged as a check; then it may have a restart left.
         """
-        over = state.done | (state.t >= self.attack.steps) | self._broke(state)
-        if self.attack.stop_at_hit and not self.attack.minimizes_distance:
-            over = over | self.success[state.rows]
+        over = state.done | (state.t >= self.attack.steps) | self._broke(state) | self.won(state)
         if not over.any():
             return state, state.rows[:0]
         ended = state[over.nonzero().squeeze(1)]

@@ -10,6 +10,7 @@ from pathlib import Path
 COLLECTIONS = ("attacks", "callbacks", "datamodules", "defenses", "estimators", "models", "objectives", "tasks")
 FURTHER = ("pytorch_lightning.callbacks", "torch.optim", "torch.optim.lr_scheduler", "torch.nn")
 
+_EXPECTED = re.compile(r"^Expected a <class '([\w.]+)'>$")
 # What jsonargparse says besides the reason.
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"
@@ -94,12 +95,13 @@ def _arguments(path: str) -> list[str]:
 def _unknown_key(message: str, known: Iterable[str]) -> str | None:
     known = sorted(set(known))
     if found := re.search(r"(?:does not accept option|unrecognized arguments:) '?(?:--)?([\w.+]+)", message):
-        key = found.group(1)
-        group = re.search(r"Group '([^']+)'", message)
-        if group:
-            key = f"{group.group(1)}.{key}"
-        group = key.split(".")[0]
-        inside = [name for name in known if name.startswith(f"{group}.")]
+        owner = re.search(r"Group '([^']+)'", message)
+        key = f"{owner.group(1)}.{found.group(1)}" if owner else found.group(1)
+        heads = {name.split(".")[0] for name in known}
+        if key.split(".")[0] not in heads and f"--{key}" not in message:  # a file names the whole, down to its leaves
+            key = key.split(".")[0]
+            return f"there is no key {key}{_nearest(key, sorted(heads))}"
+        inside = [name for name in known if name.startswith(f"{key.split('.')[0]}.")]
         return f"there is no key {key}{_nearest(key, known) or _nearest(key, inside)}"
     return None
 
@@ -121,8 +123,8 @@ def _reason(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     lines = [re.sub(r"Expected a <class '([\w.]+)'>\. Got value:", r"expected \1, got", line) for line in lines]
     reasons = [line for line in lines if line and not _NOISE.match(line)]
-    expected = [found.group(1) for line in reasons if (found := re.match(r"Expected a <class '([\w.]+)'>$", line))]
-    told = list(dict.fromkeys(line for line in reasons if not re.match(r"Expected a <class '[\w.]+'>$", line)))
+    expected = [kind for line in reasons for kind in _EXPECTED.findall(line)]
+    told = list(dict.fromkeys(line for line in reasons if not _EXPECTED.match(line)))
     if expected:
         given = next((line.partition(": ")[2] for line in lines if line.startswith("Given value:")), "")
         told.append(f"expected {' or '.join(dict.fromkeys(expected))}, got {given}")

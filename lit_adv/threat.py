@@ -61,12 +61,25 @@ class ThreatModel:
         """
         return norm_of((x - x0).flatten(1), self.norm)
 
-    def within(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Whether each image is finite, in the box and in the ball, up to a relative 1e-6: (n,) bool."""
+    def in_box(self, x: Tensor) -> Tensor:
+        """Whether each image is finite and in the box, up to 1e-6: (n,) bool."""
         low, high = self.box
         flat = x.flatten(1)
-        boxed = ((flat >= low - 1e-6) & (flat <= high + 1e-6)).all(1)  # False for NaN as well
-        return boxed & (self.distance(x, x0) <= self.radius * (1 + 1e-6))
+        return ((flat >= low - 1e-6) & (flat <= high + 1e-6)).all(1)  # False for NaN as well
+
+    def within(self, x: Tensor, x0: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Whether each image is in box and ball, up to a relative 1e-6 and the rounding of its pixels: (n,) bool.
+
+        Args:
+            dtype: in which the pixels were rounded, where ``x`` has been cast since.
+        """
+        limit = self.radius * (1 + 1e-6) + self._rounding(dtype or x.dtype, x[0].numel() if len(x) else 1)
+        return self.in_box(x) & (self.distance(x, x0) <= limit)
+
+    def _rounding(self, dtype: torch.dtype, pixels: int) -> float:
+        """How far rounding may carry a point of the ball's surface outside: half a unit per pixel, twice in linf."""
+        unit = torch.finfo(dtype).eps * max(abs(self.box[0]), abs(self.box[1]))
+        return {"linf": unit, "l2": unit * math.sqrt(pixels) / 2, "l1": unit * pixels / 2, "l0": 0.0}[self.norm]
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The images moved into ball and box; one already inside is returned unmoved.
@@ -131,10 +144,15 @@ class ThreatModel:
         if self.radius == math.inf:
             return nearest
         inward = torch.where(x >= x0, (x * levels + 1e-4).floor(), (x * levels - 1e-4).ceil()) / levels
-        if self.norm == "linf":
-            return torch.where((nearest - x0).abs() <= self.radius * (1 + 1e-6), nearest, inward)
-        outside = norm_of((nearest - x0).flatten(-3), self.norm) > self.radius * (1 + 1e-6)
-        return torch.where(outside[..., None, None, None], inward, nearest)
+        clean = ((x0 * levels).round() / levels).expand_as(x)
+        limit = self.radius * (1 + 1e-6) + self._rounding(x.dtype, x[0].numel() if len(x) else 1)
+        for step in (inward, clean):
+            delta = nearest - x0
+            outside = delta.abs() > limit
+            if self.norm != "linf":
+                outside = (norm_of(delta.flatten(-3), self.norm) > limit)[..., None, None, None]
+            nearest = torch.where(outside, step, nearest)
+        return nearest
 
 
 def _number(eps: float | str) -> float:

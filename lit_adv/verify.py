@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_adv.answers import Output, check_answer, evaluating
+from lit_adv.answers import Output, check_answer, evaluating, label_of
 from lit_adv.draws import Draws
 from lit_adv.losses import is_adversarial
 from lit_adv.threat import ThreatModel
@@ -58,20 +58,20 @@ def verify(
     Shape: x_adv and x0 (n, C, H, W), y and target (n,).
     """
     reject: int | None = getattr(model, "reject", None)
-    valid = x_adv.isfinite().flatten(1).all(1) & threat.within(x_adv.double(), x0.double())
+    valid = threat.within(x_adv.double(), x0.double(), dtype=x_adv.dtype)
     safe = torch.where(valid[:, None, None, None], x_adv, x0)
     labels = fresh_labels(model, safe, draws, index, seed, chunk, output, key=_VERIFYING)
-    won = is_adversarial(labels, y, target, reject) & valid[:, None]
+    won = is_adversarial(labels, y, target, reject) & (labels >= 0) & valid[:, None]
     rounded = threat.quantize(safe.double(), x0.double()).to(x0.dtype)
     again = fresh_labels(model, rounded, draws, index, seed, chunk, output, key=_ROUNDING)
-    survived = is_adversarial(again, y, target, reject) & valid[:, None]
-    near = threat.distance(rounded.double(), x0.double()) <= threat.radius + 0.5 / 255 + 1e-6
+    survived = is_adversarial(again, y, target, reject) & (again >= 0) & valid[:, None]
+    near = (rounded - x0).flatten(1).abs().amax(1) <= (x_adv - x0).flatten(1).abs().amax(1) + 1 / 255
     share = won.double().mean(1)
     return Verification(
         verified=share > 0.5,
         any=won.any(1),
         mean=share,
-        rounded=(survived.double().mean(1) > 0.5) & (near if threat.norm == "linf" else valid),
+        rounded=(survived.double().mean(1) > 0.5) & near,
         label=labels.mode(1).values,
     )
 
@@ -107,9 +107,9 @@ def fresh_labels(
     times = draws if draws is not None else (30 if stochastic else 1)
     if times < 1:
         raise ValueError(f"draws must be at least 1, got {times}")
-    index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-    labels = torch.empty(len(x), times, dtype=torch.int64, device=x.device)
     with evaluating(model), torch.inference_mode(False):
+        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
+        labels = torch.empty(len(x), times, dtype=torch.int64, device=x.device)
         for number in range(times):
             if number and not stochastic:
                 labels[:, number] = labels[:, 0]
@@ -124,6 +124,4 @@ def fresh_labels(
 
 def _decide(answer: Tensor, images: int, output: Output, model: nn.Module) -> Tensor:
     check_answer(answer, images, output, model)
-    if output == "labels":
-        return answer.view(images).long()
-    return torch.where(answer.isnan().any(1), -1, answer.argmax(1))
+    return label_of(answer, output)

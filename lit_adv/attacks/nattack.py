@@ -109,15 +109,15 @@ class NAttack(IterativeAttack):
             check_every,
         )
         self.loss, self.stop_at_hit, self.seed = loss, stop_at_hit, seed
-        self.blocks = -(-samples // block)
-        self.block = -(-samples // self.blocks)  # blocks of nearly equal size
-        if antithetic:
-            self.block += self.block % 2
+        self.block = block
+        self._block = -(-samples // -(-samples // block))  # blocks of nearly equal size
+        self._block += self._block % 2 if antithetic else 0
+        self._blocks = -(-samples // self._block)
         self.access = Access.PROBS
         self.needs_whole_step = schedule == "mean"
 
     def cost(self, shape: torch.Size, state: State | None = None) -> int:
-        return self.block + (self.schedule == "mean" and state is not None)
+        return self._block + (self.schedule == "mean" and state is not None)
 
     def start(self, search: Search, rows: Tensor) -> NAttackState:
         fields = search.fresh(rows)
@@ -132,7 +132,7 @@ class NAttack(IterativeAttack):
             phi=phi,
             w0=unit.atanh() if self.space == "tanh" else x0,
             phase=torch.zeros_like(rows),
-            rewards=torch.full((n, self.samples), torch.nan, dtype=torch.float64, device=x0.device),
+            rewards=torch.full((n, self._blocks * self._block), torch.nan, dtype=torch.float64, device=x0.device),
             shift=torch.zeros(n, dtype=torch.float64, device=x0.device),
             noise=torch.zeros_like(phi),
             weighted=torch.zeros_like(phi),
@@ -144,16 +144,18 @@ class NAttack(IterativeAttack):
         assert isinstance(state, NAttackState)
         if self.schedule == "mean":
             self._test_mean(search, state)
+            if search.won(state).all():
+                return state
         noise = self._population(search, state)
-        number = state.phase[:, None] * self.block + torch.arange(self.block, device=noise.device)
-        asked = number < self.samples
+        number = state.phase[:, None] * self._block + torch.arange(self._block, device=noise.device)
+        asked = (number < self.samples) & ~search.won(state)[:, None]
         images = self.render(state.phi.unsqueeze(1) + self.sigma * noise, state)
         candidate = self.schedule == "samples"
-        mask = None if self.samples % self.block == 0 else asked
+        mask = None if self.samples % self._block == 0 and self.schedule == "samples" else asked
         scores = search.scores(images, state, candidate=candidate, asked=mask)
         reward = self.loss(scores, state.y, state.target, search.reject).double()
         self._gather(state, noise, reward, number, asked)
-        complete = state.phase == self.blocks
+        complete = state.phase == self._blocks
         state.inside = ~complete
         if complete.any():
             self._update(state, complete)
@@ -176,23 +178,23 @@ class NAttack(IterativeAttack):
         draws, dtype = search.draws(state), state.phi.dtype
         latent = state.phi.shape[1:]
         if not self.antithetic:
-            return draws.normal(self.block, *latent, first=state.phase * self.block, dtype=dtype)
-        half = self.block // 2
+            return draws.normal(self._block, *latent, first=state.phase * self._block, dtype=dtype)
+        half = self._block // 2
         noise = draws.normal(half, *latent, first=state.phase * half, dtype=dtype)
-        return torch.cat([noise, -noise], 1)
+        return torch.stack([noise, -noise], 2).flatten(1, 2)  # pairs side by side: any even share of a block is paired
 
     def _gather(self, state: NAttackState, noise: Tensor, reward: Tensor, number: Tensor, asked: Tensor) -> None:
         """Add a block to the sums from which the update is made, so that no draw has to be kept."""
-        place = number.clamp_max(self.samples - 1)
         reward = torch.where(asked & reward.isfinite(), reward, torch.nan)
-        kept = torch.where(asked, reward, state.rewards.gather(1, place))
-        state.rewards = state.rewards.scatter(1, place, kept)
+        state.rewards = state.rewards.scatter(1, number, reward)
         state.shift = torch.where(state.phase == 0, reward.nanmean(1).nan_to_num(), state.shift)
         centred = (reward - state.shift[:, None]).nan_to_num(nan=0.0).to(noise.dtype)
         counted = reward.isfinite().to(noise.dtype)
         flat = noise.flatten(2)
-        state.noise = state.noise + (counted.unsqueeze(1) @ flat).view_as(state.phi)
-        state.weighted = state.weighted + (centred.unsqueeze(1) @ flat).view_as(state.phi)
+        with torch.autocast(noise.device.type, enabled=False):
+            sums = torch.stack([counted, centred], 1) @ flat
+        state.noise = state.noise + sums[:, 0].view_as(state.phi)
+        state.weighted = state.weighted + sums[:, 1].view_as(state.phi)
         state.phase = state.phase + 1
 
     def _update(self, state: NAttackState, complete: Tensor) -> None:

@@ -99,6 +99,7 @@ class PGD(IterativeAttack):
         draws = search.draws(state)
         _, gradient, state.memory = self.estimator(objective, state.x, state.memory, draws, self.threat.box)
         if self.decay:
+            gradient = gradient.nan_to_num(0, 0, 0)  # else one bad pixel would freeze the whole image for good
             size = gradient.abs().mean((1, 2, 3), keepdim=True)
             state.momentum = gradient = self.decay * state.momentum + gradient / size.clamp_min(1e-30)
         moved = state.x + self.threat.steepest(gradient).mul_(self._step_size())

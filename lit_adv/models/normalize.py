@@ -29,9 +29,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or not mean:
-            raise ValueError(
-                f"mean and std must hold one number per channel each, got {list(mean)} and {list(std)}"
-            )
+            raise ValueError(f"mean and std must hold one number per channel each, got {list(mean)} and {list(std)}")
         if not all(s > 0 for s in std):
             raise ValueError(f"std must be positive in every channel, got {list(std)}")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.get_default_dtype()).view(-1, 1, 1))
@@ -89,9 +87,7 @@ class ImageInput(nn.Module):
     ) -> None:
         super().__init__()
         if mean is not None and len(mean) not in (1, channels):
-            raise ValueError(
-                f"mean must hold 1 number or one for each of {channels} channels, got {list(mean)}"
-            )
+            raise ValueError(f"mean must hold 1 number or one for each of {channels} channels, got {list(mean)}")
         self.channels = channels
         self.image_size = image_size
         self.least_size = least_size
@@ -119,8 +115,6 @@ class ImageInput(nn.Module):
         if not (right and (size is None or (x.shape[2] == size and x.shape[3] == size))):
             sides = "H, W" if size is None else f"{size}, {size}"
             remedy = "add a batch dimension by x[None]" if x.dim() == 3 else "check the model's arguments"
-            raise ValueError(
-                f"images must have shape (n, {self.channels}, {sides}), got {tuple(x.shape)}: {remedy}"
-            )
+            raise ValueError(f"images must have shape (n, {self.channels}, {sides}), got {tuple(x.shape)}: {remedy}")
         if not x.is_floating_point():
             raise ValueError(f"images must be floats in [0, 1], got {x.dtype}: divide 8-bit images by 255")

@@ -334,9 +334,7 @@ def _two_convolutions(inputs: int, filters: tuple[int, int], kernel: int, dropou
 
 
 def _hidden_layer(inputs: int, hidden: int, dropout: float, num_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes)
-    )
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes))
 
 
 def _he_normal(layer: nn.Linear) -> nn.Linear:

@@ -104,9 +104,7 @@ class WideResNet(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            num_classes=num_classes, in_channels=in_channels, units=units, widths=widths, stem=stem
-        )
+        check_positive(num_classes=num_classes, in_channels=in_channels, units=units, widths=widths, stem=stem)
         channels = [stem, *widths]
         if channels != sorted(channels):
             raise ValueError(f"widths must not shrink, nor start below stem={stem}, got {list(widths)}")

@@ -23,14 +23,14 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the remedy."""
 
 
-def Checkpoint(path: Path, freeze: bool = False, allow: Sequence[str] = ()) -> nn.Module:
-    """The network in a checkpoint, in eval mode.
+def Checkpoint(path: Path, freeze: bool = True, allow: Sequence[str] = ()) -> nn.Module:
+    """The network in a checkpoint.
 
     Only tensors and plain data are read, and only classes of lit_adv are built.
 
     Args:
         path: Checkpoint written by training.
-        freeze: Whether its weights are to get no gradients.
+        freeze: Eval mode and weights without gradients; False: train mode, to be trained on.
         allow: Further packages whose classes the checkpoint may name, if you trust them.
 
     Raises:
@@ -49,8 +49,8 @@ def Checkpoint(path: Path, freeze: bool = False, allow: Sequence[str] = ()) -> n
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} cannot be rebuilt: {error}") from None
     _fill(network, content["state_dict"], path)
-    network.recipe = recipe  # type: ignore[assignment]  # plain data; a task that uses the network stores it
-    return network.requires_grad_(not freeze).eval()
+    network.recipe = recipe  # plain data; a task that uses the network stores it
+    return network.requires_grad_(not freeze).train(not freeze)
 
 
 def load_weights(network: nn.Module, path: Path) -> nn.Module:

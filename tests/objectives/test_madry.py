@@ -90,7 +90,9 @@ def test_no_gradient_flows_through_the_attack(model: nn.Module, batch: Batch) ->
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("epoch", "radius"), [(0.0, 0.0), (0.5, 0.05), (1.0, 0.1), (1.9, 0.19), (2.0, 0.2), (7.0, 0.2)])
+@pytest.mark.parametrize(
+    ("epoch", "radius"), [(0.0, 0.0), (0.5, 0.05), (1.0, 0.1), (1.9, 0.19), (2.0, 0.2), (7.0, 0.2)]
+)
 def test_radius_and_step_grow_linearly(model: nn.Module, batch: Batch, epoch: float, radius: float) -> None:
     objective = Madry(fgsm(0.2), ramp_epochs=2)
     objective.epoch = epoch

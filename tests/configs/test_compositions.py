@@ -1,0 +1,129 @@
+"""Every composition and every file of a group builds what it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lit_adv.callbacks import AttackEvaluation
+from lit_adv.cli import EvaluateCLI, TrainCLI
+from lit_adv.datamodules import Batch
+from lit_adv.objectives import Objective
+from lit_adv.tasks import Task
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.logger=false"]
+DATA = f"--data={CONFIGS}/data/digits.yaml"
+NETWORK = "--model.module=lit_adv.models.DigitsNet"
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|skip_none parameter was deprecated)"),
+    pytest.mark.filterwarnings("ignore:Precision 32-true"),
+]
+
+
+def group(name: str) -> list[Path]:
+    return sorted((CONFIGS / name).glob("*.yaml"))
+
+
+def shown(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+class Built(TrainCLI):
+    """Builds data, model and trainer and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def evaluation(*arguments: str) -> EvaluateCLI:
+    return EvaluateCLI([*arguments, *HERE])
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are named relative to the composition, so that the working directory does not matter."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", group("train"), ids=shown)
+def test_training(path: Path) -> None:
+    cli = Built(["fit", "--config", str(path), *HERE])
+    assert isinstance(cli.model, Task)
+    assert isinstance(cli.model.objective, Objective)
+    assert cli.trainer.max_epochs == yaml.safe_load(path.read_text())["epochs"]
+    assert cli.model.recipe["class_path"].startswith("lit_adv.models.")
+    image = torch.rand(1, *cli.datamodule.dims)
+    with torch.no_grad():
+        assert cli.model.eval()(image).shape == (1, cli.datamodule.num_classes)
+    assert cli.run_name == path.stem
+    assert str(cli.config["fit"].save_as) == f"checkpoints/{path.stem}.ckpt"
+
+
+@pytest.mark.parametrize("path", group("task"), ids=shown)
+def test_task_is_used_by_a_training(path: Path) -> None:
+    used = {yaml.safe_load(other.read_text())["model"] for other in group("train")}
+    assert f"../task/{path.name}" in used
+
+
+@pytest.mark.parametrize("path", group("trainer"), ids=shown)
+def test_trainer(path: Path) -> None:
+    model = f"--model={CONFIGS}/task/digits_standard.yaml"
+    cli = Built(["fit", f"--trainer={path}", DATA, model, *HERE])
+    settings = yaml.safe_load(path.read_text())
+    assert cli.trainer.log_every_n_steps == 1
+    assert cli.trainer.gradient_clip_val == settings.get("gradient_clip_val")
+
+
+@pytest.mark.parametrize("path", group("probe"), ids=shown)
+def test_probe_is_added_to_a_training(path: Path) -> None:
+    train = CONFIGS / "train" / "digits_standard.yaml"
+    cli = Built(["fit", "--config", str(train), "--config", str(path), *HERE])
+    (keeper,) = cli.trainer.checkpoint_callbacks
+    probes = [callback for callback in cli.trainer.callbacks if isinstance(callback, AttackEvaluation)]
+    assert keeper.monitor == (f"val/robust_accuracy/{probes[0].name}" if probes else "val/accuracy")
+    assert keeper.mode == "max"
+    assert keeper._every_n_epochs == (probes[0].every_n_epochs if probes else 1)
+
+
+@pytest.mark.parametrize("path", group("attack"), ids=shown)
+def test_attack(path: Path) -> None:
+    cli = evaluation(f"--trainer.callbacks+={path}", DATA, NETWORK)
+    assert sum(isinstance(callback, AttackEvaluation) for callback in cli.trainer.callbacks) == 1
+
+
+@pytest.mark.parametrize("path", group("evaluate"), ids=shown)
+def test_evaluation(path: Path) -> None:
+    cli = evaluation("--config", str(path), NETWORK)
+    names = [callback.name for callback in cli.trainer.callbacks if isinstance(callback, AttackEvaluation)]
+    assert names
+    assert len(set(names)) == len(names)
+
+
+def test_narrow_model_a_grows_its_radius_over_two_epochs() -> None:
+    cli = Built(["fit", "--config", str(CONFIGS / "train" / "mnist_madry_narrow.yaml"), *HERE])
+    model, objective = cli.model.model, cli.model.objective
+    assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)] == [16, 32]
+    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [100, 10]
+    assert objective.ramp_epochs == 2
+    assert (objective.attack.steps, objective.attack.step_size) == (7, 0.1)
+    x, y = torch.rand(2, 1, 28, 28), torch.tensor([3, 4])
+    for epoch, radius in ((0.5, 0.075), (1.0, 0.15), (5.0, 0.3)):
+        objective.epoch = epoch
+        moved: Tensor = (objective.perturb(model, x, y) - x).abs().amax()
+        assert moved.item() == pytest.approx(radius, rel=1e-4)
+
+
+def test_single_step_training_is_on_half_batches_against_the_own_answer() -> None:
+    cli = Built(["fit", "--config", str(CONFIGS / "train" / "mnist_fgsm_adv.yaml"), *HERE])
+    objective = cli.model.objective
+    assert (objective.clean_share, objective.attack_label) == (0.5, "predicted")
+    attack = objective.attack
+    assert (attack.steps, attack.step_size, attack.random_start) == (1, attack.threat.radius, False)
+    batch = Batch(torch.rand(4, 1, 28, 28), torch.arange(4), torch.arange(4))
+    loss, logs = objective(cli.model.model, batch)
+    assert loss.isfinite()
+    assert len(logs["accuracy"]) == len(logs["robust_accuracy"]) == 4

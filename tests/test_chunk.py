@@ -1,0 +1,63 @@
+"""Chunk: how the number of images per forward is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_adv.chunk import Chunk
+
+CPU = torch.device("cpu")
+
+
+def run(rate: dict[int, float], chunk: Chunk, forwards: int = 100) -> Chunk:
+    """Full forwards at ``rate[size]`` images per second."""
+    for _ in range(forwards):
+        chunk.observe(chunk.size, chunk.size / rate[chunk.size])
+    return chunk
+
+
+def test_a_given_size_stays() -> None:
+    chunk = run({7: 1e9}, Chunk(7, CPU))
+    assert (chunk.size, chunk.settled) == (7, True)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_one_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"chunk must be at least 1 .* got {size}"):
+        Chunk(size, CPU)
+
+
+def test_doubles_while_it_pays_and_goes_back_when_it_does_not() -> None:
+    chunk = run({64: 1e5, 128: 1.5e5, 256: 2e5, 512: 2.01e5}, Chunk(None, CPU))
+    assert (chunk.size, chunk.settled) == (256, True)
+
+
+def test_stops_at_the_limit() -> None:
+    chunk = run({size: size * 1e4 for size in (64, 128, 256, 512, 1024, 2048)}, Chunk(None, CPU))
+    assert (chunk.size, chunk.settled) == (1024, True)
+
+
+def test_stops_where_a_forward_takes_long() -> None:
+    chunk = run({64: 100.0, 128: 1000.0}, Chunk(None, CPU))
+    assert (chunk.size, chunk.settled) == (64, True)
+
+
+def test_partial_forwards_and_the_warm_up_teach_nothing() -> None:
+    chunk = Chunk(None, CPU)
+    for _ in range(50):
+        chunk.observe(chunk.size - 1, 1e-9)
+    assert (chunk.size, chunk.settled) == (64, False)
+    chunk.observe(64, 1e9)  # the first at a size may be slow
+    for _ in range(3):
+        chunk.observe(64, 1e-3)
+    assert chunk.size == 128
+
+
+def test_halving_down_to_one_image() -> None:
+    chunk = Chunk(5, CPU)
+    for expected in (2, 1):
+        chunk.halve()
+        assert (chunk.size, chunk.settled) == (expected, True)
+    with pytest.raises(torch.OutOfMemoryError, match="single image"):
+        chunk.halve()
