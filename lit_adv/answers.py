@@ -39,8 +39,8 @@ def check_answer(answer: Any, images: int, output: Output, model: nn.Module) -> 
     if output == "labels":
         if answer.numel() != images or answer.is_floating_point():
             raise ValueError(
-                f"{name} must return one integer label per image where output='labels', got shape {tuple(answer.shape)} "
-                f"of {answer.dtype}"
+                f"{name} must return one integer label per image where output='labels', got shape "
+                f"{tuple(answer.shape)} of {answer.dtype}"
             )
         return
     if answer.dim() != 2 or len(answer) != images or answer.shape[1] < 2:

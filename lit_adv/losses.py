@@ -96,5 +96,5 @@ def _split(scores: Tensor, label: Tensor, reject: int | None) -> tuple[Tensor, T
     if reject is not None:
         own = torch.cat([own, scores[..., reject : reject + 1]], -1)
         mask[:, reject] = True
-    mask = mask.view(len(label), *[1] * (scores.dim() - 2), -1)
+    mask = mask.view(len(label), *[1] * (scores.dim() - 2), scores.shape[-1])
     return own, scores.masked_fill(mask, -torch.inf)

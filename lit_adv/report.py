@@ -162,8 +162,20 @@ class Report:
         ]
         return rows + [_worst_row(verdict) for verdict in self.verdicts if len(verdict.attacks) > 1]
 
-    def table(self) -> Table:
-        """Return the table for the terminal."""
+    def show(self) -> None:
+        """Print facts, table, verdicts and warnings; a narrow terminal gets the columns that matter most."""
+        from rich.console import Console
+
+        console = Console()
+        for name, fact in self.facts.items():
+            if " " in name:
+                console.print(f"{name}: {fact}", highlight=False)
+        console.print(self.table(brief=console.width < 150))
+        for line in self._lines():
+            console.print(line, highlight=False, markup=False)
+
+    def table(self, brief: bool = False) -> Table:
+        """Return the table for the terminal, in its most important columns only if ``brief``."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -172,12 +184,13 @@ class Report:
         table = Table(
             title=Text(f"{self.model} on {self.data}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
         )
-        for column in columns(rows):
+        chosen = columns(rows, brief)
+        for column in chosen:
             head = "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
             justify: Literal["left", "right"] = "right" if column.number else "left"
             table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(column.cell(row)) for column in columns(rows)))
+            table.add_row(*(Text(column.cell(row)) for column in chosen))
         return table
 
     def __str__(self) -> str:
@@ -188,8 +201,14 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
         lines = [line.rstrip() for line in capture.get().splitlines()]
-        lines += [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
-        return "\n".join(lines + [f"WARNING: {warning}" for warning in self.warnings()])
+        return "\n".join(lines + self._lines())
+
+    def _lines(self) -> list[str]:
+        lines = [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
+        lines += [
+            f"{test.first} against {test.second}: McNemar's p {p_value(test.test.p)}" for test in self.comparisons()
+        ]
+        return lines + [f"WARNING: {warning}" for warning in self.warnings()]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but records and pictures, ready for strict JSON: infinite numbers become None."""

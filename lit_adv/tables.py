@@ -37,8 +37,8 @@ class Column(NamedTuple):
     number: bool = True
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns that these rows need.
+def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
+    """Return the columns that these rows need, of them the most important ones if ``brief``.
 
     The model is named only where there are several, shares of draws only for random models, and queries to
     the first hit only where an attack goes on after it.
@@ -50,6 +50,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         needless |= {(_MEASURES, "any draw"), (_MEASURES, "mean of draws")}
     if all(row.summary.mean_first_hit == row.summary.mean_queries for row in rows):
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
+    if brief:
+        needless |= {(column.group, column.head) for column in _COLUMNS} - _BRIEF
     return [column for column in _COLUMNS if (column.group, column.head) not in needless]
 
 
@@ -129,3 +131,17 @@ _COLUMNS = (
     Column("mean norm", "L2", lambda row: _norm(row.summary.mean_l2)),
     Column("mean norm", "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf)),
 )
+
+_BRIEF = {
+    ("", "model"),
+    ("", "attack"),
+    ("", "threat"),
+    ("images", "all"),
+    ("accuracy, %", "clean"),
+    ("accuracy, %", "robust [95 %]"),
+    (_MEASURES, "first hit"),
+    (_MEASURES, "verified"),
+    (_MEASURES, "8-bit"),
+    ("queries of successes", "median"),
+    ("mean norm", "L2"),
+}

@@ -84,7 +84,9 @@ class Trial:
         self._known = self._archive.load() if self._archive is not None else {}
         limit = protocol.max_samples
         total = limit if total is None else total if limit is None else min(total, -(-limit // world))
-        self.bar = tqdm(total=total, desc=protocol.name, unit=" images", position=place, disable=not progress)
+        self.bar = tqdm(
+            total=total, desc=protocol.name, unit=" images", position=place, disable=None if progress else True
+        )
 
     def add(self, batch: Batch) -> None:
         """Take images on; they are attacked as soon as a pool of them waits."""
@@ -175,7 +177,7 @@ class Trial:
         attack, budget = self.protocol.attack, self.protocol.budget
         if budget is not None and isinstance(attack, IterativeAttack) and budget < attack.cost(x.shape[1:]):
             warnings.warn(
-                f"{self.protocol.name}: a budget of {budget} does not cover a step's {attack.cost(x.shape[1:])} queries",
+                f"{self.protocol.name}: a budget of {budget} is below one step: {attack.cost(x.shape[1:])} queries",
                 stacklevel=4,
             )
 

@@ -145,7 +145,7 @@ class AttackEvaluation(Callback):
             rank=trainer.global_rank,
             world=trainer.world_size,
             total=_images(trainer, stage),
-            progress=trainer.progress_bar_callback is not None and trainer.is_global_zero and stage == "test",
+            progress=trainer.is_global_zero and stage == "test",
             place=1 + [c for c in trainer.callbacks if isinstance(c, AttackEvaluation)].index(self),  # type: ignore[attr-defined]
         )
 
