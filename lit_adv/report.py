@@ -171,7 +171,7 @@ class Report:
             if " " in name:
                 console.print(f"{name}: {fact}", highlight=False)
         console.print(self.table(brief=console.width < 150))
-        for line in self._lines():
+        for line in self._closing():
             console.print(line, highlight=False, markup=False)
 
     def table(self, brief: bool = False) -> Table:
@@ -201,9 +201,9 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
         lines = [line.rstrip() for line in capture.get().splitlines()]
-        return "\n".join(lines + self._lines())
+        return "\n".join(lines + self._closing())
 
-    def _lines(self) -> list[str]:
+    def _closing(self) -> list[str]:
         lines = [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
         lines += [
             f"{test.first} against {test.second}: McNemar's p {p_value(test.test.p)}" for test in self.comparisons()

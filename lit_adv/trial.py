@@ -91,11 +91,12 @@ class Trial:
     def add(self, batch: Batch) -> None:
         """Take images on; they are attacked as soon as a pool of them waits."""
         batch = self._within_limit(batch)
-        known = torch.tensor([int(index) in self._known for index in batch.index], dtype=torch.bool)
+        places = batch.index.tolist()
+        known = torch.tensor([place in self._known for place in places], dtype=torch.bool, device=batch.index.device)
         for index in batch.index[known].tolist():
             self.rows[index] = self._known[index]
         self.bar.update(int(known.sum()))
-        fresh = (~known).nonzero().squeeze(1).to(batch.image.device)
+        fresh = (~known).nonzero().squeeze(1)
         if not len(fresh):
             return
         x, y, index = (part[fresh].clone() for part in (batch.image, batch.label, batch.index))

@@ -52,7 +52,7 @@ def test_probabilities_are_recognised() -> None:
 
 
 def test_a_log_softmax_over_sure_probabilities_is_recognised() -> None:
-    logits = 3 * Linear(10)(images(20))
+    logits = 30 * Linear(10)(images(20))
     with pytest.raises(ValueError, match="normalises its answers twice"):
         check_answer(logits.softmax(1).log_softmax(1), 20, "logits", Linear())
 
