@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -45,20 +47,19 @@ class Archive:
             for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
-                    rows.setdefault(int(row["index"]), row)
+                    rows[int(row["index"])] = row  # a newer line stands for other pixels under the same index
                 except (ValueError, KeyError, TypeError):
                     continue  # the run was stopped while it wrote this line
         return rows
 
-    def images(self, limit: int | None = None) -> dict[int, dict[str, Tensor]]:
-        """Clean and returned images of finished rows by place in the data set, at most ``limit`` of them."""
+    def images(self, wanted: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """Clean and returned images by place in the data set, of the wanted places that are there."""
         found: dict[int, dict[str, Tensor]] = {}
-        for path in sorted(self.folder.glob("rank*.safetensors")):
-            shard = load_file(path)
-            for place, index in enumerate(shard["index"].tolist()):
-                if limit is not None and len(found) >= limit:
-                    return found
-                found[index] = {name: value[place] for name, value in shard.items()}
+        for path in sorted(self.folder.glob("rank*.safetensors"), key=lambda path: path.stat().st_mtime):
+            with safe_open(path, "pt") as shard:
+                places = {index: place for place, index in enumerate(shard.get_tensor("index").tolist())}
+                for index in places.keys() & set(wanted):
+                    found[index] = {name: shard.get_slice(name)[places[index]] for name in shard.keys()}  # noqa: SIM118
         return found
 
     def append(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
@@ -67,22 +68,23 @@ class Archive:
 
     def _write(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         if len(tensors.get("index", ())):
-            place = self.folder / f"rank{self.rank}.{int(tensors['index'][0])}.safetensors"
+            number = len(list(self.folder.glob(f"rank{self.rank}.*.safetensors")))
+            place = self.folder / f"rank{self.rank}.{number:06d}.safetensors"
             part = place.with_suffix(".part")
             save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
             os.replace(part, place)
-        with (self.folder / f"rank{self.rank}.jsonl").open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        lines = self.folder / f"rank{self.rank}.jsonl"
+        cut = lines.exists() and lines.stat().st_size and not lines.read_bytes().endswith(b"\n")
+        with lines.open("a") as file:
+            file.write("\n" * bool(cut) + "".join(json.dumps(row) + "\n" for row in rows))
 
-    def _attempt(self, write: Any) -> None:
+    def _attempt(self, write: Callable[[], None]) -> None:
         """Write; a full or read-only disk costs the possibility to resume, not what was computed."""
         if self._failed:
             return
         try:
             write()
-        except (OSError, RuntimeError) as error:  # safetensors tells of a full disk by an error of its own
-            if not isinstance(error, OSError) and "SafetensorError" not in type(error).__name__:
-                raise
+        except (OSError, SafetensorError) as error:
             self._failed = True
             warnings.warn(
                 f"cannot write to {self.folder} ({error}): the run goes on and its results are kept in memory, but it "
@@ -91,15 +93,32 @@ class Archive:
             )
 
 
+def fingerprint(image: Tensor, label: int) -> str:
+    """Hash of an image and its label: what a record under this index must have been made from."""
+    pixels = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(pixels + str(label).encode(), digest_size=8).hexdigest()
+
+
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a network's weights and buffers, the same on every device."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+    """Hash of a network: its modules' classes and plain settings, weights and buffers; the same on every device."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in sorted(vars(module).items()) if _is_setting(key, value)}
+        digest.update(f"{name} {type(module).__qualname__} {plain}".encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    if key.startswith("_") or key == "training":
+        return False
+    if isinstance(value, list | tuple):
+        return all(_is_setting("item", item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def configuration(thing: Any) -> Any:
@@ -123,8 +142,6 @@ def configuration(thing: Any) -> Any:
 
 
 def _constructed(thing: Any) -> dict[str, Any]:
-    import inspect
-
     names = [name for name in inspect.signature(type(thing).__init__).parameters if name != "self"]
     arguments = {name: configuration(getattr(thing, name)) for name in names if hasattr(thing, name)}
     return {"class_path": f"{type(thing).__module__}.{type(thing).__qualname__}", "init_args": arguments}

@@ -1,25 +1,22 @@
 """The command lines of train.py and evaluate.py: the only place that knows LightningCLI."""
 
-import datetime
+import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import rich
-import torch
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-import lit_adv
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.datamodules import ImageDataModule
+from lit_adv.evaluation import versions
 from lit_adv.report import Report
 from lit_adv.suggestions import explain
 from lit_adv.tasks import Checkpoint, Classification, Task, export_checkpoint, load_weights
@@ -96,12 +93,17 @@ class Parser(LightningArgumentParser):
 class AdvCLI(LightningCLI):
     """What both command lines share: defaults, the name of the run, its logger."""
 
-    def __init__(self, model: type[LightningModule] | Callable[..., LightningModule], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: type[LightningModule] | Callable[..., LightningModule],
+        trainer: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             model,
             ImageDataModule,
             # Attacks in validation and test need gradients; all that is logged is logged once an epoch.
-            trainer_defaults={"inference_mode": False, "log_every_n_steps": 1},
+            trainer_defaults={"inference_mode": False, "log_every_n_steps": 1, **(trainer or {})},
             seed_everything_default=0,
             subclass_mode_data=True,
             parser_class=Parser,
@@ -217,7 +219,12 @@ class EvaluateCLI(AdvCLI):
     """``evaluate.py``: the attacks are callbacks of the trainer's test."""
 
     def __init__(self, args: Arguments = None) -> None:
-        super().__init__(under_test, run=False, args=args)
+        # the attacks' own bars show more, and two kinds of bar cannot share a terminal
+        super().__init__(under_test, {"enable_progress_bar": False}, run=False, args=args)
+        root = Path(self._get(self.config, "trainer").get("default_root_dir") or "runs")
+        for attack in self.attacks:
+            if attack.dirpath is None:
+                attack.dirpath = root / self.run_name  # not the version's folder: a broken run must be found again
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where the report is put."""
@@ -226,18 +233,35 @@ class EvaluateCLI(AdvCLI):
             "--report", type=Path | None, default=None, help="Folder of the report; default: the run's own."
         )
 
-    def evaluate(self) -> Report | None:
-        """Test and attack the network, print the table, write the report; ``None`` on all processes but the first."""
-        self.trainer.test(self.model, self.datamodule, verbose=False)
-        attacks = [callback for callback in self.trainer.callbacks if isinstance(callback, AttackEvaluation)]  # type: ignore[attr-defined]
-        outcomes = [attack.outcome for attack in attacks if attack.outcome is not None]
+    @property
+    def attacks(self) -> list[AttackEvaluation]:
+        """The attacks among the trainer's callbacks."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, AttackEvaluation)]
+
+    def attack(self) -> Report | None:
+        """Test and attack the network; ``None`` on all processes but the first."""
+        if not self.attacks:
+            raise ValueError("no attack is configured: give --config configs/evaluate/NAME.yaml, or add a callback")
+        measured = self.trainer.test(self.model, self.datamodule, verbose=False)
         if not self.trainer.is_global_zero:
             return None
-        report = Report(outcomes, self.model_name, self.datamodule.name, _facts())
-        rich.print(report.table())
+        accuracy = measured[0].get("test/accuracy") if measured else None
+        facts = versions()
+        if accuracy is not None:
+            images = len(self.datamodule.dataset("test"))
+            facts = {"accuracy on the test set": f"{100 * accuracy:.2f} % of {images:,} clean images", **facts}
+        outcomes = [attack.outcome for attack in self.attacks if attack.outcome is not None]
+        return Report(outcomes, self.model_name, self.datamodule.name, facts)
+
+    def evaluate(self) -> Report | None:
+        """Test and attack the network, print the table, write the report."""
+        report = self.attack()
+        if report is None:
+            return None
+        report.show()
         folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"
-        for path in report.write(Path(folder)).values():
-            print(path)
+        print(f"report: {report.write(Path(folder))['html']}")
         return report
 
     @property
@@ -264,16 +288,6 @@ def best_epoch(callbacks: Sequence[Callback]) -> ModelCheckpoint:
     )
 
 
-def _facts() -> dict[str, str]:
-    """What a reader needs to know about where the figures come from."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "lit_adv": lit_adv.__version__,
-        "torch": torch.__version__,
-        "pytorch_lightning": version("pytorch-lightning"),
-    }
-
-
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -282,6 +296,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _run(main: Callable[[], object]) -> None:
     """Run a command line; an error that this package raised on purpose is told in one line."""
+    _quiet()
     try:
         with warnings.catch_warnings():
             for message in _NOT_OURS:
@@ -294,6 +309,13 @@ def _run(main: Callable[[], object]) -> None:
         if Path(__file__).parent not in raised_in.parents:
             raise
         _exit(str(error))
+
+
+def _quiet() -> None:
+    """Lightning advertises other products in its log; the rest of what it says stays."""
+    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    if not log.filters:
+        log.addFilter(lambda record: not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip"))
 
 
 def _exit(message: str) -> NoReturn:

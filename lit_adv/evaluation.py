@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lit_adv.protocol import Protocol
 from lit_adv.report import Report
 from lit_adv.trial import Trial
 
-Attacks = Sequence[Attack | Protocol] | Mapping[str, Attack]
+Attacks = Attack | Protocol | Sequence[Attack | Protocol] | Mapping[str, Attack | Protocol]
 
 
 def evaluate(
@@ -79,29 +81,35 @@ def versions() -> dict[str, str]:
 
 
 def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) -> list[Protocol]:
+    if isinstance(attacks, Attack | Protocol):
+        attacks = [attacks]
     if not attacks:
         raise ValueError("attacks is empty: give at least one, e.g. [PGD()]")
     if isinstance(attacks, Mapping):
-        return [
-            Protocol(name=name, attack=attack, budget=budget, max_samples=max_samples)
-            for name, attack in attacks.items()
-        ]
+        return [_protocol(attack, name, budget, max_samples) for name, attack in attacks.items()]
+    given = [attack.name for attack in attacks if isinstance(attack, Protocol)]
+    if len(set(given)) < len(given):
+        raise ValueError(f"every protocol needs a name of its own, got {', '.join(given)}")
+    taken = set(given)
     found: list[Protocol] = []
     for attack in attacks:
         if isinstance(attack, Protocol):
             found.append(attack)
             continue
         plain = type(attack).__name__.lower()
-        taken = sum(protocol.name.split("-")[0] == plain for protocol in found)
-        found.append(
-            Protocol(
-                name=f"{plain}-{taken + 1}" if taken else plain,
-                attack=attack,
-                budget=budget,
-                max_samples=max_samples,
-            )
-        )
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([plain], numbered) if name not in taken)
+        taken.add(name)
+        found.append(_protocol(attack, name, budget, max_samples))
     return found
+
+
+def _protocol(attack: Attack | Protocol, name: str, budget: int | None, max_samples: int | None) -> Protocol:
+    if isinstance(attack, Protocol):
+        return replace(attack, name=name)
+    if not isinstance(attack, Attack):
+        raise TypeError(f"attacks must be attacks of lit_adv.attacks or protocols, got {type(attack).__name__}")
+    return Protocol(name=name, attack=attack, budget=budget, max_samples=max_samples)
 
 
 def _batches(loader: ImageDataModule | Iterable[Any] | tuple[Tensor, Tensor]) -> Iterator[Batch]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adv.answers import Output
-from lit_adv.archive import Archive, configuration, weights_hash
-from lit_adv.attack import IterativeAttack
+from lit_adv.answers import check_answer, check_finite, evaluating
+from lit_adv.archive import Archive, configuration, fingerprint, weights_hash
+from lit_adv.attack import IterativeAttack, check_images
 from lit_adv.chunk import Chunk
 from lit_adv.datamodules import Batch
 from lit_adv.draws import Draws
@@ -75,6 +75,7 @@ class Trial:
         self.seconds, self.nonfinite = 0.0, 0
         self._pool, self._seen, self._classes = _Pool(), 0, 0
         self._examples: list[dict[str, Tensor]] = []
+        self._prints: dict[int, str] = {}
         self._chunk: Chunk | None = None
         self._flushed = time.perf_counter()
         self._archive: Archive | None = None
@@ -91,16 +92,13 @@ class Trial:
     def add(self, batch: Batch) -> None:
         """Take images on; they are attacked as soon as a pool of them waits."""
         batch = self._within_limit(batch)
-        places = batch.index.tolist()
-        known = torch.tensor([place in self._known for place in places], dtype=torch.bool, device=batch.index.device)
-        for index in batch.index[known].tolist():
-            self.rows[index] = self._known[index]
+        known = self._recall(batch)
         self.bar.update(int(known.sum()))
         fresh = (~known).nonzero().squeeze(1)
         if not len(fresh):
             return
         x, y, index = (part[fresh].clone() for part in (batch.image, batch.label, batch.index))
-        self._look(x)
+        self._look(x, y)
         right = correct(
             self.model, x, y, self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output
         )
@@ -117,7 +115,9 @@ class Trial:
         if len(self._pool):
             self._attack()
         self.bar.close()
-        return Records.from_rows([{k: v for k, v in row.items() if k != "trace"} for row in self.rows.values()])
+        return Records.from_rows(
+            [{k: v for k, v in row.items() if k not in ("trace", "image")} for row in self.rows.values()]
+        )
 
     def outcome(self, records: Records, model: str | None = None) -> Outcome:
         """What goes into the report."""
@@ -145,10 +145,12 @@ class Trial:
 
     def examples(self, count: int = 8) -> Examples | None:
         """Clean and returned images of the first successes by place in the data set; failures where there are none."""
-        found = self._archive.images() if self._archive is not None else {}
-        found |= {int(image["index"]): image for image in self._examples}
-        broken = [index for index in sorted(found) if self.rows.get(index, {}).get("verified")]
-        chosen = (broken or sorted(found))[:count]
+        found = {int(image["index"]): image for image in self._examples}
+        attacked = [index for index, row in sorted(self.rows.items()) if row["clean_correct"]]
+        wanted = [index for index in attacked if self.rows[index]["verified"]] or attacked
+        if self._archive is not None:
+            found = self._archive.images(wanted[:count])
+        chosen = [index for index in wanted if index in found][:count]
         if not chosen:
             return None
         stacked = {name: torch.stack([found[i][name] for i in chosen]) for name in found[chosen[0]]}
@@ -164,12 +166,39 @@ class Trial:
         kept = (place < limit).to(batch.image.device)
         return Batch(batch.image[kept], batch.label[kept], batch.index[kept])
 
-    def _look(self, x: Tensor) -> None:
-        """Learn the number of classes, once, and hold it against the data's."""
-        if self._classes:
-            return
-        with torch.no_grad():
-            self._classes = _classes_of(self.model, x[:1], self.protocol.output, self.num_classes)
+    def _recall(self, batch: Batch) -> Tensor:
+        """Take over the rows of an earlier run that were made from these very images; which those are, (n,) bool."""
+        known = torch.zeros_like(batch.index, dtype=torch.bool)
+        for place, index in enumerate(batch.index.tolist() if self._archive is not None else []):
+            print_ = fingerprint(batch.image[place], int(batch.label[place]))
+            self._prints[index] = print_
+            row = self._known.get(index)
+            if row is not None and row.get("image") == print_:
+                self.rows[index] = row
+                known[place] = True
+        return known
+
+    def _look(self, x: Tensor, y: Tensor) -> None:
+        """Labels must be classes of the model, whose number is learnt once and held against the data's."""
+        if not self._classes:
+            self._look_first(x)
+        if self._classes and len(y) and not 0 <= int(y.min()) <= int(y.max()) < self._classes:
+            raise ValueError(
+                f"labels must be classes 0 to {self._classes - 1} of the model, got {int(y.min())} to {int(y.max())}"
+            )
+
+    def _look_first(self, x: Tensor) -> None:
+        check_images(x, self.protocol.attack.threat)
+        with evaluating(self.model), torch.no_grad(), torch.inference_mode(False):
+            first = x[: self._images_at_once].clone()
+            place = torch.arange(len(first), device=x.device)
+            answer = self._ask(first, Draws(self._seed, place, torch.zeros_like(place), -6))
+            check_answer(answer, len(first), self.protocol.output, self.model)
+            if self.protocol.output == "labels":
+                self._classes = self.num_classes or 0
+            else:
+                check_finite(answer, self.model)
+                self._classes = answer.shape[1] - (getattr(self.model, "reject", None) is not None)
         if self.num_classes is not None and self._classes != self.num_classes:
             raise ValueError(
                 f"{type(self.model).__name__} answers {self._classes} classes and the data set has {self.num_classes}: "
@@ -186,13 +215,19 @@ class Trial:
         rule, classes = self.protocol.target, self._classes
         if rule == "none":
             return None
+        if not classes or (rule == "least_likely" and self.protocol.output == "labels"):
+            raise ValueError(f"target {rule!r} needs a model that tells scores or, but for least_likely, num_classes")
         if rule == "next":
             return (y + 1) % classes
         if rule == "random":
             draws = Draws(self._seed, index, torch.full_like(index, -5))
             return (y + 1 + draws.integers(classes - 1)) % classes
-        with torch.no_grad():
-            scores = torch.cat([self.model(part) for part in torch.split(x, self._images_at_once)])[:, :classes]
+        parts = []
+        with evaluating(self.model), torch.no_grad(), torch.inference_mode(False):
+            for begin in range(0, len(x), self._images_at_once):
+                part = slice(begin, begin + self._images_at_once)
+                parts.append(self._ask(x[part], Draws(self._seed, index[part], torch.zeros_like(index[part]), -6)))
+        scores = torch.cat(parts)[:, :classes]
         return scores.scatter(1, y[:, None], torch.inf).argmin(1)
 
     def _attack(self) -> None:
@@ -263,10 +298,14 @@ class Trial:
         }  # fmt: skip
         self._write([{**row, "trace": []} for row in _rows(columns)], {})
 
+    def _ask(self, x: Tensor, draws: Draws) -> Tensor:
+        return self.model(x, draws=draws) if getattr(self.model, "stochastic", False) else self.model(x)
+
     def _write(self, rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
         if not rows:
             return
         if self._archive is not None:
+            rows = [{**row, "image": self._prints[row["index"]]} for row in rows]
             self._archive.append(rows, images)
         elif images and len(self._examples) < 64:
             self._examples += [{name: value[i].cpu() for name, value in images.items()} for i in range(len(rows))][:64]
@@ -310,16 +349,6 @@ class _Bf16(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.model(x)
-
-
-def _classes_of(model: nn.Module, x: Tensor, output: Output, known: int | None) -> int:
-    if output == "labels":
-        return known or 0
-    draws = {"draws": Draws(0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), -6)}
-    answer = model(x, **draws) if getattr(model, "stochastic", False) else model(x)
-    if not isinstance(answer, Tensor) or answer.dim() != 2:
-        return known or 0  # refused with its reason by the first look at all images
-    return answer.shape[1] - (getattr(model, "reject", None) is not None)
 
 
 def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:

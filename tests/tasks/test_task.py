@@ -179,7 +179,7 @@ def test_frozen_weights_are_not_optimised(task: Classification) -> None:
 
 
 def test_training_without_objective_is_refused(data: Digits) -> None:
-    trainer = Trainer(fast_dev_run=True, **QUIET)
+    trainer = Trainer(max_steps=1, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match="objective is None: training needs one"):
         trainer.fit(Classification(DigitsNet()), data)
 
