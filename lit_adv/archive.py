@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -68,15 +69,15 @@ class Archive:
 
     def _write(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         if len(tensors.get("index", ())):
-            number = len(list(self.folder.glob(f"rank{self.rank}.*.safetensors")))
+            numbers = [int(path.name.split(".")[1]) for path in self.folder.glob(f"rank{self.rank}.*.safetensors")]
+            number = max(numbers, default=-1) + 1
             place = self.folder / f"rank{self.rank}.{number:06d}.safetensors"
             part = place.with_suffix(".part")
             save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
             os.replace(part, place)
-        lines = self.folder / f"rank{self.rank}.jsonl"
-        cut = lines.exists() and lines.stat().st_size and not lines.read_bytes().endswith(b"\n")
-        with lines.open("a") as file:
-            file.write("\n" * bool(cut) + "".join(json.dumps(row) + "\n" for row in rows))
+        with (self.folder / f"rank{self.rank}.jsonl").open("ab+") as file:
+            cut = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"
+            file.write(b"\n" * cut + "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """Write; a full or read-only disk costs the possibility to resume, not what was computed."""
@@ -136,7 +137,17 @@ def configuration(thing: Any) -> Any:
         return {str(key): configuration(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [configuration(value) for value in thing]
+    if isinstance(thing, functools.partial):
+        return {
+            "function": configuration(thing.func),
+            "args": configuration(thing.args),
+            **configuration(thing.keywords),
+        }
     if callable(thing) and hasattr(thing, "__qualname__"):
+        if "<lambda>" in thing.__qualname__:
+            raise ValueError(
+                f"{thing.__qualname__} of {thing.__module__} has no name to be known by: define a function"
+            )
         return f"{thing.__module__}.{thing.__qualname__}"
     return _constructed(thing)
 

@@ -189,6 +189,12 @@ class IterativeAttack(Attack):
         Args:
             index: None draws fresh numbers from torch's generator at every call.
         """
+        with torch.inference_mode(False):
+            return self._perturb(oracle, x, y, target, index)
+
+    def _perturb(
+        self, oracle: QueryOracle | nn.Module, x: Tensor, y: Tensor, target: Tensor | None, index: Tensor | None
+    ) -> Tensor:
         if not isinstance(oracle, QueryOracle):
             oracle = QueryOracle(oracle, len(x), chunk=max(1, len(x)))
         seed = self.seed
@@ -196,6 +202,7 @@ class IterativeAttack(Attack):
             seed, index = int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device)
         with attacking(*oracle.models), torch.no_grad():
             x = x.detach().clone()
+            oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index, oracle.seed = index, seed
             search = Search(self, oracle, x, y, target, index, watch=False)
             search.seed = seed

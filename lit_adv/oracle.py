@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lit_adv.answers import Output, check_answer, check_finite, label_of
+from lit_adv.answers import Output, check_answer, check_finite, dtype_of, label_of
 from lit_adv.chunk import Chunk
 from lit_adv.defense import Defense
 from lit_adv.draws import Draws
@@ -83,7 +83,7 @@ class QueryOracle:
         self.fast, self.output, self.floor, self.seed = fast, output, floor, seed
         tensors = [*model.parameters(), *model.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+        self.dtype = dtype_of(model)
         self.chunk_tuner = chunk if isinstance(chunk, Chunk) else Chunk(chunk, self.device)
         self.stochastic: bool = bool(getattr(model, "stochastic", False))
         self.reject: int | None = getattr(model, "reject", None)
@@ -132,7 +132,7 @@ class QueryOracle:
         Shape: x (n, C, H, W) or (n, s, C, H, W), rows (n,) -> (n,) or (n, s).
         """
         flat, flat_rows = _flat(x, rows)
-        draws = self._draws(flat_rows)
+        draws = self._draws(flat_rows, self.answers)
         self.charge(flat_rows, self.answers)
         if draws is None or self.answers == 1:
             return self._labels(flat, draws).view(x.shape[:-3])
@@ -153,8 +153,9 @@ class QueryOracle:
                 "an attack that needs less"
             )
         flat, flat_rows = _flat(x, rows)
-        draws = self._draws(flat_rows)
-        self.charge(flat_rows, 1 if x.requires_grad else self.answers)  # gradients are averaged by eot instead
+        each = 1 if x.requires_grad else self.answers  # gradients are averaged by eot instead
+        draws = self._draws(flat_rows, each)
+        self.charge(flat_rows, each)
         if x.requires_grad:
             answer = _Differentiable.apply(flat, self, draws)
         else:
@@ -175,13 +176,13 @@ class QueryOracle:
         if paid.any():
             draws = self._draws(rows[paid])
             self.charge(rows[paid], self.confirmations)
-            labels[paid] = self._in_chunks(self._averaged_label, x[paid], draws)
+            labels[paid] = self._decide(self._in_chunks(self._averaged, x[paid], draws))
         return labels
 
-    def _averaged_label(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def _averaged(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.stochastic:
-            return self._decide(cast(Defense, self.model).averaged(x, self.confirmations, draws=draws))
-        return self._decide(self._deployed(x, draws))
+            return cast(Defense, self.model).averaged(x, self.confirmations, draws=draws)
+        return self._deployed(x, draws)
 
     def _labels(self, flat: Tensor, draws: Draws | None) -> Tensor:
         ask = self._deployed if self.fast is None else (lambda x, _: self._fast(x))
@@ -192,11 +193,11 @@ class QueryOracle:
         self.nonfinite += (labels < 0).sum()
         return labels
 
-    def _draws(self, flat_rows: Tensor) -> Draws | None:
+    def _draws(self, flat_rows: Tensor, each: int = 1) -> Draws | None:
         """A random model's numbers for these queries, keyed by image index and number of the query."""
         if not self.stochastic:
             return None
-        number = self.queries[flat_rows] + _occurrence(flat_rows) * self.answers
+        number = self.queries[flat_rows] + _occurrence(flat_rows) * each
         return Draws(self.seed, self.index.to(flat_rows.device)[flat_rows], number, key=-1)
 
     def _fast_or_deployed(self, x: Tensor, draws: Draws | None) -> Tensor:

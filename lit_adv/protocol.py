@@ -54,7 +54,8 @@ class Protocol:
     output: Output = "logits"
 
     def __post_init__(self) -> None:
-        if not self.name or not all(letter.isalnum() or letter in "._-+" for letter in self.name):
+        legal = all(letter.isalnum() or letter in "._-+" for letter in self.name)
+        if not legal or self.name[:1] in ("", "."):
             raise ValueError(
                 f"name becomes part of files and metrics: letters, digits, '.', '_' and '-', got {self.name!r}"
             )

@@ -181,14 +181,15 @@ class Report:
         from rich.text import Text
 
         rows = self.rows()
-        table = Table(
-            title=Text(f"{self.model} on {self.data}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
-        )
         chosen = columns(rows, brief)
+        title = f"{self.model} on {self.data}"
+        if not any(column.head == "threat" for column in chosen):
+            title += f", {rows[0].threat}"
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for column in chosen:
             head = "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
             justify: Literal["left", "right"] = "right" if column.number else "left"
-            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold")
+            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold", no_wrap=column.number)
         for row in rows:
             table.add_row(*(Text(column.cell(row)) for column in chosen))
         return table

@@ -124,6 +124,7 @@ class Search:
         rows, device = len(x), x.device
         self.restart = torch.zeros(rows, dtype=torch.int64, device=device)
         self._labels_checked = False
+        self._classes: int | None = None
         if not watch:
             return
         self.x_adv = x.clone()
@@ -229,6 +230,9 @@ class Search:
         return asked if bool((covered == wanted).all()) else covered
 
     def _ask_some(self, ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, state: State, asked: Tensor) -> Tensor:
+        if not asked.any():
+            blank_shape = asked.shape if self._classes is None else (*asked.shape, self._classes)
+            return x.new_full(blank_shape, torch.nan)
         flat = ask(x[asked], state.rows[:, None].expand_as(asked)[asked])
         blank = torch.nan if flat.is_floating_point() else -1
         answer = flat.new_full((*asked.shape, *flat.shape[1:]), blank)
@@ -240,6 +244,7 @@ class Search:
         if self._labels_checked or not answer.is_floating_point():
             return answer
         self._labels_checked = True
+        self._classes = answer.shape[-1]
         classes = answer.shape[-1] - (self.reject is not None)
         for name, value in (("y", self.y), ("target", self.target)):
             if value is not None and len(value) and int(value.max()) >= classes:

@@ -52,6 +52,8 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
     if brief:
         needless |= {(column.group, column.head) for column in _COLUMNS} - _BRIEF
+        if len({row.threat for row in rows}) < 2:
+            needless.add(("", "threat"))
     return [column for column in _COLUMNS if (column.group, column.head) not in needless]
 
 
@@ -143,5 +145,4 @@ _BRIEF = {
     (_MEASURES, "verified"),
     (_MEASURES, "8-bit"),
     ("queries of successes", "median"),
-    ("mean norm", "L2"),
 }

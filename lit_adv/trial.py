@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adv.answers import check_answer, check_finite, evaluating
+from lit_adv.answers import cast, check_answer, check_finite, evaluating
 from lit_adv.archive import Archive, configuration, fingerprint, weights_hash
 from lit_adv.attack import IterativeAttack, check_images
 from lit_adv.chunk import Chunk
@@ -98,7 +98,9 @@ class Trial:
         if not len(fresh):
             return
         x, y, index = (part[fresh].clone() for part in (batch.image, batch.label, batch.index))
-        self._look(x, y)
+        if not self._classes:
+            self._look_first(x)
+        self._look(y)
         right = correct(
             self.model, x, y, self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output
         )
@@ -149,7 +151,7 @@ class Trial:
         attacked = [index for index, row in sorted(self.rows.items()) if row["clean_correct"]]
         wanted = [index for index in attacked if self.rows[index]["verified"]] or attacked
         if self._archive is not None:
-            found = self._archive.images(wanted[:count])
+            found |= self._archive.images(wanted[:count])
         chosen = [index for index in wanted if index in found][:count]
         if not chosen:
             return None
@@ -178,19 +180,18 @@ class Trial:
                 known[place] = True
         return known
 
-    def _look(self, x: Tensor, y: Tensor) -> None:
-        """Labels must be classes of the model, whose number is learnt once and held against the data's."""
-        if not self._classes:
-            self._look_first(x)
+    def _look(self, y: Tensor) -> None:
+        """Labels must be classes of the model."""
         if self._classes and len(y) and not 0 <= int(y.min()) <= int(y.max()) < self._classes:
             raise ValueError(
                 f"labels must be classes 0 to {self._classes - 1} of the model, got {int(y.min())} to {int(y.max())}"
             )
 
     def _look_first(self, x: Tensor) -> None:
+        """Learn the number of classes, hold it against the data's, and refuse what is no classifier."""
         check_images(x, self.protocol.attack.threat)
-        with evaluating(self.model), torch.no_grad(), torch.inference_mode(False):
-            first = x[: self._images_at_once].clone()
+        with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+            first = x[: self._images_at_once]
             place = torch.arange(len(first), device=x.device)
             answer = self._ask(first, Draws(self._seed, place, torch.zeros_like(place), -6))
             check_answer(answer, len(first), self.protocol.output, self.model)
@@ -223,7 +224,7 @@ class Trial:
             draws = Draws(self._seed, index, torch.full_like(index, -5))
             return (y + 1 + draws.integers(classes - 1)) % classes
         parts = []
-        with evaluating(self.model), torch.no_grad(), torch.inference_mode(False):
+        with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
             for begin in range(0, len(x), self._images_at_once):
                 part = slice(begin, begin + self._images_at_once)
                 parts.append(self._ask(x[part], Draws(self._seed, index[part], torch.zeros_like(index[part]), -6)))
@@ -299,6 +300,7 @@ class Trial:
         self._write([{**row, "trace": []} for row in _rows(columns)], {})
 
     def _ask(self, x: Tensor, draws: Draws) -> Tensor:
+        x = cast(x, self.model)
         return self.model(x, draws=draws) if getattr(self.model, "stochastic", False) else self.model(x)
 
     def _write(self, rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
@@ -307,7 +309,7 @@ class Trial:
         if self._archive is not None:
             rows = [{**row, "image": self._prints[row["index"]]} for row in rows]
             self._archive.append(rows, images)
-        elif images and len(self._examples) < 64:
+        if images and len(self._examples) < 64:
             self._examples += [{name: value[i].cpu() for name, value in images.items()} for i in range(len(rows))][:64]
         self.rows |= {int(row["index"]): row for row in rows}
         self.bar.update(len(rows))
@@ -318,7 +320,8 @@ class Trial:
     def _notes(self, records: Records) -> list[str]:
         notes = []
         interval = wilson(int(records.clean_correct.sum()), len(records))
-        if interval is not None and self._classes and interval.high < 1.5 / self._classes:
+        classes = self._classes or self.num_classes or (int(records.label.max()) + 1 if len(records) else 0)
+        if interval is not None and classes and interval.high < 1.5 / classes:
             notes.append(
                 "the clean accuracy is that of guessing: does the model expect another range of pixels, normalise "
                 "twice, or hold untrained weights?"

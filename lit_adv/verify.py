@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_adv.answers import Output, check_answer, evaluating, label_of
+from lit_adv.answers import Output, cast, check_answer, evaluating, label_of
 from lit_adv.draws import Draws
 from lit_adv.losses import is_adversarial
 from lit_adv.threat import ThreatModel
@@ -62,7 +62,7 @@ def verify(
     safe = torch.where(valid[:, None, None, None], x_adv, x0)
     labels = fresh_labels(model, safe, draws, index, seed, chunk, output, key=_VERIFYING)
     won = is_adversarial(labels, y, target, reject) & (labels >= 0) & valid[:, None]
-    rounded = threat.quantize(safe.double(), x0.double()).to(x0.dtype)
+    rounded = threat.quantize(safe, x0)
     again = fresh_labels(model, rounded, draws, index, seed, chunk, output, key=_ROUNDING)
     survived = is_adversarial(again, y, target, reject) & (again >= 0) & valid[:, None]
     near = (rounded - x0).flatten(1).abs().amax(1) <= (x_adv - x0).flatten(1).abs().amax(1) + 1 / 255
@@ -91,7 +91,6 @@ def correct(
     return (labels == y[:, None]).double().mean(1) > 0.5
 
 
-@torch.no_grad()
 def fresh_labels(
     model: nn.Module,
     x: Tensor,
@@ -107,7 +106,7 @@ def fresh_labels(
     times = draws if draws is not None else (30 if stochastic else 1)
     if times < 1:
         raise ValueError(f"draws must be at least 1, got {times}")
-    with evaluating(model), torch.inference_mode(False):
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
         labels = torch.empty(len(x), times, dtype=torch.int64, device=x.device)
         for number in range(times):
@@ -118,7 +117,7 @@ def fresh_labels(
                 part = torch.arange(begin, min(begin + chunk, len(x)), device=x.device)
                 step = torch.full_like(part, number)
                 given = {"draws": Draws(seed, index[part], step, key)} if stochastic else {}
-                labels[part, number] = _decide(model(x[part].clone(), **given), len(part), output, model)
+                labels[part, number] = _decide(model(cast(x[part], model), **given), len(part), output, model)
     return labels
 
 

@@ -54,11 +54,11 @@ def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
     archive.append(rows(7), {})
     again = Archive(tmp_path, {"a": 1})
     assert again.load() == {row["index"]: row for row in rows(4, 2, 7)}
-    found = again.images()
+    found = again.images([2, 4, 7])
     assert sorted(found) == [2, 4]
     assert torch.equal(found[4]["x_adv"], torch.full((1, 2, 2), 4.5))
     assert int(found[2]["label"]) == 2
-    assert len(again.images(limit=1)) == 1
+    assert list(again.images([2])) == [2]
 
 
 def test_another_identity_is_another_run(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_ranks_write_apart_and_read_together(tmp_path: Path) -> None:
         Archive(tmp_path, {}, rank).append(rows(rank, rank + 2), tensors(rank, rank + 2))
     other = Archive(tmp_path, {}, 5)
     assert sorted(other.load()) == [0, 1, 2, 3]
-    assert sorted(other.images()) == [0, 1, 2, 3]
+    assert sorted(other.images(range(9))) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("left", [0, 1, 20])
@@ -100,11 +100,23 @@ def test_lines_after_a_cut_one_are_read(tmp_path: Path) -> None:
     assert sorted(Archive(tmp_path, {}).load()) == [1, 2, 3, 4]
 
 
+def test_a_newer_record_stands_for_the_older(tmp_path: Path) -> None:
+    """Other images under the same places: the last ones count, lines and images alike."""
+    archive = Archive(tmp_path, {})
+    archive.append(rows(1, 2), tensors(1, 2))
+    newer = tensors(2)
+    newer["x_adv"] = newer["x_adv"] + 3
+    archive.append([{**rows(2)[0], "label": 9}], newer)
+    assert [archive.load()[i]["label"] for i in (1, 2)] == [1, 9]
+    found = archive.images([1, 2])
+    assert [float(found[i]["x_adv"].mean()) for i in (1, 2)] == [1.5, 5.5]
+
+
 def test_half_written_shards_are_not_seen(tmp_path: Path) -> None:
     archive = Archive(tmp_path, {})
     archive.append(rows(1), tensors(1))
     (archive.folder / "rank0.5.part").write_bytes(b"half of a shard")
-    assert sorted(archive.images()) == [1]
+    assert sorted(archive.images([1, 5])) == [1]
 
 
 def test_a_full_disk_at_a_shard_warns_once(tmp_path: Path) -> None:
@@ -117,7 +129,7 @@ def test_a_full_disk_at_a_shard_warns_once(tmp_path: Path) -> None:
         archive.append(rows(2), tensors(2))
     assert len(caught) == 1
     assert list(archive.load()) == [0]
-    assert sorted(archive.images()) == [0]
+    assert sorted(archive.images([0, 1, 2])) == [0]
 
 
 def test_a_full_disk_at_the_lines_warns_once(tmp_path: Path) -> None:
@@ -139,7 +151,7 @@ def test_a_folder_that_cannot_be_made_warns_once(tmp_path: Path) -> None:
         archive.append(rows(1), tensors(1))
     assert len(caught) == 1
     assert archive.load() == {}
-    assert archive.images() == {}
+    assert archive.images([1]) == {}
 
 
 def test_errors_that_are_no_disk_faults_are_raised(tmp_path: Path) -> None:

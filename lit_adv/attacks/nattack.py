@@ -94,6 +94,10 @@ class NAttack(IterativeAttack):
         seed: int = 0,
     ) -> None:
         _check(threat, steps, samples, sigma, shrink, antithetic, block, check_every, latent)
+        if space not in ("tanh", "pixel") or schedule not in ("samples", "mean"):
+            raise ValueError(f"space must be tanh or pixel, schedule samples or mean, got {space!r} and {schedule!r}")
+        if init_std < 0:
+            raise ValueError(f"init_std must be >= 0, got {init_std}")
         self.threat, self.steps, self.samples, self.step_size = threat, steps, samples, step_size
         self.sigma, self.init_std, self.shrink, self.space, self.latent = (
             sigma,

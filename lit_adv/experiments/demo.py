@@ -16,7 +16,7 @@ from lit_adv.report import Outcome, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-MODELS = {"plain": "digits_standard", "adversarially trained": "digits_madry"}
+MODELS = {"plain": "digits_standard", "robust": "digits_madry"}
 
 
 def main() -> None:
@@ -44,13 +44,13 @@ def demo(folder: Path, images: int = 200, epochs: int | None = None) -> Report:
     facts: dict[str, str] = {}
     for model, config in MODELS.items():
         weights = folder / f"{config}.ckpt"
-        print(f"training the {model} classifier, attacked by PGD and NAttack on the way", flush=True)
+        print(f"training the {model} classifier ({config}), attacked by PGD and NAttack on the way", flush=True)
         train(config, weights, folder, epochs)
         print(f"attacking the {model} classifier", flush=True)
         report = attack(config, weights, folder, images)
         outcomes += [replace(outcome, model=model) for outcome in report.outcomes]
         facts |= {f"{model}, {name}" if " " in name else name: fact for name, fact in report.facts.items()}
-    return Report(outcomes, "digits classifiers", "scikit-learn's digits", facts)
+    return Report(outcomes, "plain and adversarially trained classifier", "digits", facts)
 
 
 def train(config: str, weights: Path, folder: Path, epochs: int | None) -> None:
