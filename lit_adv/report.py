@@ -12,13 +12,14 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_adv.metrics import Records
 from lit_adv.metrics import summary as definitions
-from lit_adv.metrics.records import Records
-from lit_adv.metrics.summary import McNemar, Summary, common, mcnemar, robust_accuracy, summarize, worst_case
+from lit_adv.metrics.summary import Summary, common, mcnemar, robust_accuracy, summarize, worst_case
+from lit_adv.outcome import Comparison, Outcome, Verdict
 from lit_adv.pictures import Examples, Line, curves_png, examples_png, image_grid, panels, png
 from lit_adv.tables import Row, columns, csv_bytes, interval, p_value, percent, threat
 
@@ -26,83 +27,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Comparison", "Examples", "Outcome", "Report", "Verdict", "image_grid"]
-
-_ACCESS = ("label", "probs", "logits", "gradient")
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one attack achieved on one model.
-
-    Args:
-        name: The attack's name in tables and file names.
-        records: One row per image of the evaluated set.
-        norm: The threat model's norm.
-        eps: Its radius; inf: bound by the box only.
-        budget: Most queries an image may cost, None if unlimited.
-        draws: Fresh answers that decided whether a success counts; 1 for a deterministic model.
-        config: The attack's class path and arguments, ready for JSON.
-        access: What the attacker saw: "label", "probs", "logits" or "gradient" (white box).
-        examples: Images to show.
-        seconds: Wall-clock time of the attack.
-        notes: Remarks to print.
-        model: The model's name where one report holds several; None: the report's own.
-
-    Raises:
-        ValueError: If the access is unknown.
-    """
-
-    name: str
-    records: Records
-    norm: str
-    eps: float
-    budget: int | None
-    draws: int
-    config: Mapping[str, Any]
-    access: str
-    examples: Examples | None = None
-    seconds: float | None = None
-    notes: tuple[str, ...] = ()
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.access not in _ACCESS:
-            raise ValueError(f"access must be one of {', '.join(_ACCESS)}, got {self.access!r}")
-        object.__setattr__(self, "records", self.records.unique())
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The worst case per image over all attacks on one model under one threat model."""
-
-    model: str
-    norm: str
-    eps: float
-    attacks: tuple[str, ...]
-    summary: Summary
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        attacks = self.attacks[0] if len(self.attacks) == 1 else f"the worst of {len(self.attacks)} attacks"
-        if self.summary.robust_accuracy is None:
-            return f"robust accuracy is undefined against {attacks}: there is no image that all of them saw"
-        share = f"{percent(self.summary.robust_accuracy)} % {interval(self.summary.robust_interval)}"
-        return f"robust accuracy {share} against {attacks}"
-
-    @property
-    def setting(self) -> str:
-        """Model, threat model and number of images."""
-        return f"{self.model}, {threat(self.norm, self.eps)}, {self.summary.images:,} images"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two attacks on one model, or one attack on two models, on the images both saw."""
-
-    first: str
-    second: str
-    test: McNemar
 
 
 class Report:
@@ -187,9 +111,9 @@ class Report:
             title += f", {rows[0].threat}"
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for column in chosen:
-            head = "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
+            head = column.brief if brief else "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
             justify: Literal["left", "right"] = "right" if column.number else "left"
-            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold", no_wrap=column.number)
+            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold", no_wrap=brief)
         for row in rows:
             table.add_row(*(Text(column.cell(row)) for column in chosen))
         return table

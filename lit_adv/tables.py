@@ -29,12 +29,16 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column: the head of its group, its own head, what stands in it, and whether that is a number."""
+    """One column: the head of its group, its own head, what stands in it, whether that is a number.
+
+    ``brief`` is its head in a narrow table, empty where it has no place there.
+    """
 
     group: str
     head: str
     cell: Callable[[Row], str]
     number: bool = True
+    brief: str = ""
 
 
 def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
@@ -51,7 +55,7 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
     if all(row.summary.mean_first_hit == row.summary.mean_queries for row in rows):
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
     if brief:
-        needless |= {(column.group, column.head) for column in _COLUMNS} - _BRIEF
+        needless |= {(column.group, column.head) for column in _COLUMNS if not column.brief}
         if len({row.threat for row in rows}) < 2:
             needless.add(("", "threat"))
     return [column for column in _COLUMNS if (column.group, column.head) not in needless]
@@ -111,38 +115,25 @@ def _norm(number: float | None) -> str:
 
 
 _COLUMNS = (
-    Column("", "model", lambda row: row.model, False),
-    Column("", "attack", lambda row: row.attack, False),
-    Column("", "threat", lambda row: row.threat, False),
+    Column("", "model", lambda row: row.model, False, "model"),
+    Column("", "attack", lambda row: row.attack, False, "attack"),
+    Column("", "threat", lambda row: row.threat, False, "threat"),
     Column("", "access", lambda row: row.access, False),
     Column("", "budget", _budget),
     Column("images", "all", lambda row: f"{row.summary.images:,}"),
     Column("images", "wrong at first", lambda row: f"{row.summary.wrong_at_first:,}"),
-    Column("accuracy, %", "clean", lambda row: percent(row.summary.clean_accuracy)),
-    Column("accuracy, %", "robust [95 %]", _robust),
-    Column(_MEASURES, "first hit", lambda row: percent(row.summary.claimed_success_rate)),
-    Column(_MEASURES, "verified", lambda row: percent(row.summary.success_rate)),
+    Column("accuracy, %", "clean", lambda row: percent(row.summary.clean_accuracy), brief="clean\n%"),
+    Column("accuracy, %", "robust [95 %]", _robust, brief="robust %\n[95 %]"),
+    Column(_MEASURES, "first hit", lambda row: percent(row.summary.claimed_success_rate), brief="first\nhit %"),
+    Column(_MEASURES, "verified", lambda row: percent(row.summary.success_rate), brief="verified\n%"),
     Column(_MEASURES, "any draw", lambda row: percent(row.summary.any_success_rate)),
     Column(_MEASURES, "mean of draws", lambda row: percent(row.summary.mean_success_rate)),
-    Column(_MEASURES, "8-bit", lambda row: percent(row.summary.rounded_success_rate)),
+    Column(_MEASURES, "8-bit", lambda row: percent(row.summary.rounded_success_rate), brief="8-bit\n%"),
     Column("success, %", "of all", lambda row: percent(row.summary.success_over_all)),
     Column("queries of successes", "mean", lambda row: _count(row.summary.mean_queries)),
-    Column("queries of successes", "median", lambda row: _count(row.summary.median_queries)),
+    Column("queries of successes", "median", lambda row: _count(row.summary.median_queries), brief="median\nqueries"),
     Column("queries to first hit", "mean", lambda row: _count(row.summary.mean_first_hit)),
     Column("queries to first hit", "median", lambda row: _count(row.summary.median_first_hit)),
     Column("mean norm", "L2", lambda row: _norm(row.summary.mean_l2)),
     Column("mean norm", "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf)),
 )
-
-_BRIEF = {
-    ("", "model"),
-    ("", "attack"),
-    ("", "threat"),
-    ("images", "all"),
-    ("accuracy, %", "clean"),
-    ("accuracy, %", "robust [95 %]"),
-    (_MEASURES, "first hit"),
-    (_MEASURES, "verified"),
-    (_MEASURES, "8-bit"),
-    ("queries of successes", "median"),
-}

@@ -26,7 +26,7 @@ from lit_adv.threat import ThreatModel
 pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "attack"
-MODEST = {"steps": 4, "samples": 20, "restarts": 2}  # enough for a tiny net
+MODEST = {"steps": 3, "samples": 12, "restarts": 2}  # enough for a tiny net
 RECORDS = ("success", "queries", "checks", "first_hit", "iterations")
 FIVE = ThreatModel("linf", 0.05)
 
@@ -43,7 +43,7 @@ def configured(path: Path) -> Attack:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--attack", type=Attack)
     config = yaml.safe_load(path.read_text())["init_args"]["attack"]
-    attack: Attack = parser.instantiate_classes(parser.parse_object({"attack": shrunk(config)})).attack
+    attack: Attack = parser.instantiate(parser.parse_object({"attack": shrunk(config)})).attack
     return attack
 
 
@@ -63,7 +63,7 @@ MADE: dict[str, Callable[[], IterativeAttack]] = {
     "nattack_l2": lambda: NAttack(ThreatModel("l2", 0.4), 4, 20, 0.05, space="pixel", latent=4, antithetic=True),
     "nattack_released": lambda: NAttack(FIVE, 5, 11, 0.05, schedule="mean", check_every=2, block=4),
 }
-FROM_FILES = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+FROM_FILES = {path.name: path for path in sorted(CONFIGS.glob("*.yaml"))}
 NAMES = [*MADE, *FROM_FILES]
 STOCHASTIC = {"random pgd": "pgd_eot", "random nattack": "nattack"}
 

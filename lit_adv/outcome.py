@@ -1,0 +1,89 @@
+"""What an attack achieved on a model, and what follows from several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_adv.metrics.records import Records
+from lit_adv.metrics.summary import McNemar, Summary
+from lit_adv.pictures import Examples
+from lit_adv.tables import interval, percent, threat
+
+_ACCESS = ("label", "probs", "logits", "gradient")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one attack achieved on one model.
+
+    Args:
+        name: The attack's name in tables and file names.
+        records: One row per image of the evaluated set.
+        norm: The threat model's norm.
+        eps: Its radius; inf: bound by the box only.
+        budget: Most queries an image may cost, None if unlimited.
+        draws: Fresh answers that decided whether a success counts; 1 for a deterministic model.
+        config: The attack's class path and arguments, ready for JSON.
+        access: What the attacker saw: "label", "probs", "logits" or "gradient" (white box).
+        examples: Images to show.
+        seconds: Wall-clock time of the attack.
+        notes: Remarks to print.
+        model: The model's name where one report holds several; None: the report's own.
+
+    Raises:
+        ValueError: If the access is unknown.
+    """
+
+    name: str
+    records: Records
+    norm: str
+    eps: float
+    budget: int | None
+    draws: int
+    config: Mapping[str, Any]
+    access: str
+    examples: Examples | None = None
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.access not in _ACCESS:
+            raise ValueError(f"access must be one of {', '.join(_ACCESS)}, got {self.access!r}")
+        object.__setattr__(self, "records", self.records.unique())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst case per image over all attacks on one model under one threat model."""
+
+    model: str
+    norm: str
+    eps: float
+    attacks: tuple[str, ...]
+    summary: Summary
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        attacks = self.attacks[0] if len(self.attacks) == 1 else f"the worst of {len(self.attacks)} attacks"
+        if self.summary.robust_accuracy is None:
+            return f"robust accuracy is undefined against {attacks}: there is no image that all of them saw"
+        share = f"{percent(self.summary.robust_accuracy)} % {interval(self.summary.robust_interval)}"
+        return f"robust accuracy {share} against {attacks}"
+
+    @property
+    def setting(self) -> str:
+        """Model, threat model and number of images."""
+        return f"{self.model}, {threat(self.norm, self.eps)}, {self.summary.images:,} images"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two attacks on one model, or one attack on two models, on the images both saw."""
+
+    first: str
+    second: str
+    test: McNemar
