@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -223,6 +224,8 @@ class EvaluateCLI(AdvCLI):
         super().__init__(under_test, {"enable_progress_bar": False}, run=False, args=args)
         root = Path(self._get(self.config, "trainer").get("default_root_dir") or "runs")
         for attack in self.attacks:
+            if self._get(self.config, "max_samples") is not None:
+                attack.protocol = replace(attack.protocol, max_samples=self._get(self.config, "max_samples"))
             if attack.dirpath is None:
                 attack.dirpath = root / self.run_name  # not the version's folder: a broken run must be found again
 
@@ -231,6 +234,9 @@ class EvaluateCLI(AdvCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--report", type=Path | None, default=None, help="Folder of the report; default: the run's own."
+        )
+        parser.add_argument(
+            "--max_samples", type=int | None, default=None, help="Test images to look at, for every attack."
         )
 
     @property

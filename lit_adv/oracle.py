@@ -87,6 +87,11 @@ class QueryOracle:
         self.chunk_tuner = chunk if isinstance(chunk, Chunk) else Chunk(chunk, self.device)
         self.stochastic: bool = bool(getattr(model, "stochastic", False))
         self.reject: int | None = getattr(model, "reject", None)
+        if self.stochastic and (output in ("probs", "labels") or not hasattr(model, "averaged")):
+            raise ValueError(
+                f"{type(model).__name__} says that it is stochastic: make it a lit_adv.defense.Defense whose forward "
+                f"takes draws and returns logits (here: output={output!r})"
+            )
         self.queries = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.index = torch.arange(rows) if index is None else index
         self._surrogate = _surrogate_of(model, surrogate)

@@ -26,7 +26,7 @@ class AttackResult:
         success: (B,) bool: adversarial within the threat model, distance <= radius (1 + 1e-6).
         distance: (B,) of the adversarial image found at any radius, inf if none.
         queries: (B,) int64, all images sent to the model on account of this one.
-        checks: (B,) int64 of them that a paper's arithmetic leaves out: base points, mean and last checks.
+        checks: (B,) int64 of them that a paper's arithmetic leaves out: mean and last checks, confirmations.
         first_hit: (B,) int64, queries spent when it was first adversarial within the threat model, else -1.
             A budget of exactly so many would have found it.
         iterations: (B,) int64, steps completed at the first hit, or in all.
@@ -48,7 +48,8 @@ class AttackResult:
         return len(self.success)
 
     def __getitem__(self, rows: Tensor) -> AttackResult:
-        """The results of some rows; the trace's rows are renumbered."""
+        """The results of some rows, by places or by a mask; the trace's rows are renumbered."""
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         place = torch.full((len(self),), -1, dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         trace = self.trace.clone()
@@ -231,8 +232,9 @@ class Search:
 
     def _ask_some(self, ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, state: State, asked: Tensor) -> Tensor:
         if not asked.any():
-            blank_shape = asked.shape if self._classes is None else (*asked.shape, self._classes)
-            return x.new_full(blank_shape, torch.nan)
+            if ask == self.oracle.label:
+                return torch.full_like(asked, -1, dtype=torch.int64)
+            return x.new_full((*asked.shape, self._classes or 1), torch.nan)
         flat = ask(x[asked], state.rows[:, None].expand_as(asked)[asked])
         blank = torch.nan if flat.is_floating_point() else -1
         answer = flat.new_full((*asked.shape, *flat.shape[1:]), blank)
@@ -296,7 +298,9 @@ class Search:
         spent = spent[kept, place[kept]]
         t, near, valid, y = state.t[kept], near[kept], valid[kept], state.y[kept]
         if self.oracle.doubtful:
+            before = self.oracle.queries[rows]
             label = self.oracle.confirm(x, rows)
+            self.checks[rows] += self.oracle.queries[rows] - before
             target = None if state.target is None else state.target[kept]
             sure = is_adversarial(label, y, target, self.reject) & (label >= 0)
             x, rows, t, near, valid = x[sure], rows[sure], t[sure], near[sure], valid[sure]

@@ -217,7 +217,9 @@ def test_model_in_training_mode_is_left_as_it_was(target: Any) -> None:
 
 def test_probabilities_are_an_error_unless_announced() -> None:
     model = nn.Sequential(Small(), nn.Softmax(1)).eval()
-    with pytest.raises(ValueError, match="Sequential returns probabilities .* remove its softmax, or say output='probs'"):
+    with pytest.raises(
+        ValueError, match="Sequential returns probabilities .* remove its softmax, or say output='probs'"
+    ):
         lit_adv.evaluate(model, (X, Y), [QUICK])
     attack = NAttack(ThreatModel(eps=0.02), steps=4, samples=10, step_size=0.1, sigma=0.5, shrink=0.1)
     announced = lit_adv.evaluate(model, (X, Y), [Protocol(name="a", attack=attack, output="probs")])
@@ -231,7 +233,7 @@ def test_nan_weights_are_an_error() -> None:
     model = Small().eval()
     with torch.no_grad():
         model.first[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="Small answers 12 of 12 images with NaN or inf; its weights hold NaN or inf in first"):
+    with pytest.raises(ValueError, match="Small answers 12 of 12 images with NaN or inf; .* NaN or inf in first"):
         lit_adv.evaluate(model, (X, Y), [QUICK])
 
 

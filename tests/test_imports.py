@@ -23,6 +23,7 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "search": (1, {"oracle", "attack"}),  # of attack the type only
     "attack": (1, {"oracle", "search"}),
     "verify": (1, set()),
+    "protocol": (1, {"oracle", "attack"}),
     "estimators": (2, set()),
     "attacks": (2, {"estimators"}),
     "models": (2, set()),
@@ -33,16 +34,16 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "datamodules": (3, set()),
     "tasks": (4, set()),
     "archive": (4, set()),
-    "protocol": (4, set()),
     "suggestions": (4, set()),
     "tables": (4, {"suggestions"}),
     "pictures": (4, set()),
     "audit": (4, set()),
-    "report": (4, {"audit", "tables", "pictures", "suggestions"}),
-    "trial": (4, {"archive", "protocol", "report", "pictures", "audit", "tables"}),
-    "callbacks": (4, {"trial", "protocol", "archive", "report", "pictures"}),
-    "evaluation": (5, set()),
-    "cli": (5, {"evaluation"}),
+    "outcome": (4, {"tables", "pictures"}),
+    "report": (4, {"outcome", "audit", "tables", "pictures", "suggestions"}),
+    "trial": (4, {"archive", "outcome", "report", "pictures", "audit", "tables"}),
+    "callbacks": (4, {"trial", "archive", "outcome", "report", "pictures"}),
+    "evaluation": (4, {"trial", "report", "outcome"}),
+    "cli": (5, set()),
     "serve": (5, set()),
     "experiments": (6, set()),
 }
@@ -61,7 +62,7 @@ def own_line(path: Path) -> str:
 
 
 def imported(path: Path, typing_only: bool = True) -> set[str]:
-    """Dotted names that a file imports, with ``from a import b`` as ``a.b``; optionally without TYPE_CHECKING blocks."""
+    """Dotted names that a file imports, with ``from a import b`` as ``a.b``; perhaps without those for typing."""
     tree = ast.parse(path.read_text())
     skipped: set[ast.AST] = set()
     if not typing_only:

@@ -1,4 +1,4 @@
-"""QueryOracle: the ledger against an independent count, access, outputs, memory, random models."""
+"""QueryOracle: the ledger against an independent count, access and outputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from contracts.nets import Counting, Linear, Noisy, Small, decided, images
+from contracts.nets import Counting, Noisy, Small, decided, images
 from torch import Tensor, nn
 
-from lit_adv.defense import Defense, straight_through
-from lit_adv.draws import Draws
 from lit_adv.oracle import Access, AccessDenied, QueryBudgetExceeded, QueryOracle
 
 
@@ -27,21 +25,6 @@ class Answering(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.inner(x))  # type: ignore[operator]
-
-
-class Memory(nn.Module):
-    """Runs out of memory beyond ``limit`` images in a forward, or only where a graph is kept."""
-
-    def __init__(self, limit: int, graph_only: bool = False) -> None:
-        super().__init__()
-        self.inner, self.limit, self.graph_only = Small(), limit, graph_only
-        self.failures = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.limit and (torch.is_grad_enabled() or not self.graph_only):
-            self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.inner(x)
 
 
 # the ledger
@@ -169,9 +152,7 @@ def test_probabilities_only_means_log_probabilities() -> None:
     x = images(5)
     logits = Small()(x)
     assert torch.equal(QueryOracle(Small(), 5, Access.LOGITS).scores(x, torch.arange(5)), logits)
-    torch.testing.assert_close(
-        QueryOracle(Small(), 5, Access.PROBS).scores(x, torch.arange(5)), logits.log_softmax(-1)
-    )
+    torch.testing.assert_close(QueryOracle(Small(), 5, Access.PROBS).scores(x, torch.arange(5)), logits.log_softmax(-1))
 
 
 @pytest.mark.parametrize("output", ["log_probs", "probs"])
@@ -278,262 +259,3 @@ def test_device_of_a_model_without_parameters() -> None:
 
     assert QueryOracle(Buffered(), 1).device.type == "meta"
     assert QueryOracle(nn.Flatten(), 1).device.type == "cpu"
-
-
-# gradients
-
-
-class Rounded(Defense):
-    """Coarse pixels, with a gradient through the identity and one of another kind."""
-
-    num_classes = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Small()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner((x * 4).round() / 4)
-
-    def surrogate(self, x: Tensor, **_: object) -> Tensor:
-        return self.inner(straight_through((x * 4).round() / 4, x))
-
-    def doubled(self, x: Tensor) -> Tensor:
-        return 2 * self.surrogate(x)
-
-
-def gradient_through(oracle: QueryOracle, x: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = x.clone().requires_grad_()
-    answer = oracle.scores(leaf, torch.arange(len(x)))
-    weights = torch.linspace(-1, 1, answer.numel(), dtype=answer.dtype).view_as(answer)
-    return answer.detach(), torch.autograd.grad((answer * weights).sum(), leaf)[0]
-
-
-def test_gradients_go_through_the_models_surrogate() -> None:
-    x, model = images(3), Rounded()
-    answer, gradient = gradient_through(QueryOracle(model, 3), x)
-    torch.testing.assert_close(answer, model(x))
-    assert gradient.flatten(1).norm(dim=1).min() > 1e-3
-    assert not QueryOracle(model, 3).doubtful
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_a_surrogate_brought_along_is_used_and_doubted(named: bool) -> None:
-    x, model = images(3), Rounded()
-    oracle = QueryOracle(model, 3, surrogate="doubled" if named else model.doubled)
-    answer, gradient = gradient_through(oracle, x)
-    plain, plain_gradient = gradient_through(QueryOracle(model, 3), x)
-    torch.testing.assert_close(answer, 2 * plain)
-    torch.testing.assert_close(gradient, 2 * plain_gradient)
-    assert oracle.doubtful
-    torch.testing.assert_close(oracle.scores(x, torch.arange(3)), plain)  # without grad: as deployed
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_answer_without_gradient(weights: bool) -> None:
-    """A hard threshold, before or after layers with weights."""
-
-    class Hard(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Small()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner((x > 0.5).double()) if weights else self.inner(x).detach()
-
-    with pytest.raises(ValueError, match="gradient.*surrogate"):
-        gradient_through(QueryOracle(Hard(), 3), images(3))
-
-
-def test_no_graph_is_kept_without_gradients() -> None:
-    assert not QueryOracle(Small(), 2).scores(images(2), rows(0, 1)).requires_grad
-
-
-def test_parameters_gather_no_gradient() -> None:
-    model = Small()
-    gradient_through(QueryOracle(model, 5, chunk=2), images(5))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# chunks and memory
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 7, 1000, None])
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_chunks_change_nothing(chunk: int | None, stochastic: bool) -> None:
-    def model() -> nn.Module:
-        return Noisy(Small(), 4) if stochastic else Small()
-
-    x = images(7)
-    plain = QueryOracle(model(), 7, chunk=7, index=torch.arange(50, 57))
-    other = QueryOracle(model(), 7, chunk=chunk, index=torch.arange(50, 57))
-    for _ in range(2):
-        for ours, theirs in zip(gradient_through(other, x), gradient_through(plain, x), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(other.scores(x, torch.arange(7)), plain.scores(x, torch.arange(7)))
-    assert torch.equal(other.queries, plain.queries)
-
-
-def test_chunks_are_not_exceeded() -> None:
-    x = images(7)
-    model = Counting(Small(), x)
-    gradient_through(QueryOracle(model, 7, chunk=3), x)
-    assert model.largest == 3
-
-
-@pytest.mark.parametrize("limit", [1, 2, 5])
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("chunk", [7, 64, None])
-def test_running_out_of_memory_halves_the_chunk(limit: int, gradient: bool, chunk: int | None) -> None:
-    x, model = images(7), Memory(limit)
-    oracle = QueryOracle(model, 7, chunk=chunk)
-    if gradient:
-        answer, slope = gradient_through(oracle, x)
-        torch.testing.assert_close(slope, gradient_through(QueryOracle(Small(), 7), x)[1], rtol=1e-12, atol=1e-12)
-    else:
-        answer = oracle.scores(x, torch.arange(7))
-    torch.testing.assert_close(answer, decided_scores(x), rtol=1e-12, atol=1e-12)
-    assert model.failures > 0
-    assert 1 <= oracle.chunk <= max(limit, 3)
-    assert oracle.queries.tolist() == [1] * 7
-    failures = model.failures
-    oracle.label(x, torch.arange(7))
-    assert model.failures == failures  # the lesson is remembered
-
-
-def decided_scores(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return Small()(x)
-
-
-def test_running_out_of_memory_in_the_graph_only() -> None:
-    x, model = images(7), Memory(2, graph_only=True)
-    oracle = QueryOracle(model, 7, chunk=64)
-    _, slope = gradient_through(oracle, x)
-    torch.testing.assert_close(slope, gradient_through(QueryOracle(Small(), 7), x)[1], rtol=1e-12, atol=1e-12)
-    assert oracle.chunk == 2
-
-
-def test_running_out_of_memory_with_a_random_model_draws_the_same() -> None:
-    x = images(7)
-    oracle = QueryOracle(Noisy(Memory(2), 4), 7, chunk=7)
-    plain = QueryOracle(Noisy(Small(), 4), 7, chunk=7)
-    for ours, theirs in zip(gradient_through(oracle, x), gradient_through(plain, x), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_memory_that_does_not_hold_one_image() -> None:
-    for gradient in (False, True):
-        with pytest.raises(torch.OutOfMemoryError, match="single image"):
-            answer = QueryOracle(Memory(0), 3).scores(images(3).requires_grad_(gradient), torch.arange(3))
-            answer.sum().backward()
-
-
-def test_running_out_of_memory_in_the_backward_pass() -> None:
-    class Greedy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-            if len(grad) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return grad
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Small()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(Greedy.apply(x))
-
-    x = images(7)
-    _, slope = gradient_through(QueryOracle(Model(), 7), x)
-    torch.testing.assert_close(slope, gradient_through(QueryOracle(Small(), 7), x)[1], rtol=1e-12, atol=1e-12)
-
-
-def test_no_images() -> None:
-    oracle = QueryOracle(Small(), 3)
-    assert oracle.scores(images(0), rows()).shape == (0, 4)
-    assert oracle.label(images(0), rows()).shape == (0,)
-    assert oracle.confirm(images(0), rows()).shape == (0,)
-    assert oracle.queries.tolist() == [0, 0, 0]
-
-
-# random models
-
-
-def test_every_query_of_a_random_model_draws_afresh() -> None:
-    model = Noisy(Small(), 4)
-    oracle = QueryOracle(model, 2, answers=2, confirm=3)
-    x = images(2)
-    many = x[:, None].repeat(1, 3, 1, 1, 1)
-    oracle.scores(x, rows(0, 1))
-    oracle.scores(many, rows(0, 1))
-    oracle.label(many, rows(0, 1))
-    oracle.confirm(x, rows(0, 1))
-    seen = torch.cat(model.seen)
-    assert len(seen) == 2 * (2 + 6 + 6 + 3)
-    assert len(seen.unique()) == len(seen)
-    assert torch.equal(oracle.queries, rows(17, 17))
-
-
-@pytest.mark.parametrize(("answers", "eot"), [(1, 4), (2, 4), (3, 3)])
-def test_gradients_of_a_random_model_draw_afresh(answers: int, eot: int) -> None:
-    model = Noisy(Small(), 4)
-    oracle = QueryOracle(model, 1, answers=answers)
-    for _ in range(4):
-        oracle.scores(images(1)[:, None].repeat(1, eot, 1, 1, 1).requires_grad_(), rows(0))
-    seen = torch.cat(model.seen)
-    assert len(seen) == 4 * eot
-    assert len(seen.unique()) == len(seen)
-
-
-def test_randomness_is_keyed_by_index_and_query_not_by_batch() -> None:
-    x, index = images(5), torch.tensor([40, 3, 11, 8, 90])
-    whole = QueryOracle(Noisy(Small(), 4), 5, index=index, answers=2)
-    first, second = whole.scores(x, torch.arange(5)), whole.scores(x, torch.arange(5))
-    assert not torch.equal(first, second)
-    for i in range(5):
-        alone = QueryOracle(Noisy(Small(), 4), 1, index=index[i : i + 1], answers=2)
-        for expected in (first, second):
-            torch.testing.assert_close(alone.scores(x[i : i + 1], rows(0))[0], expected[i], rtol=1e-12, atol=1e-12)
-    other = QueryOracle(Noisy(Small(), 4), 5, index=index, answers=2, seed=1)
-    assert not torch.equal(other.scores(x, torch.arange(5)), first)
-
-
-def test_answers_are_averaged_and_labels_voted() -> None:
-    x, model = images(6), Noisy(Small(), 4, 3.0)
-    oracle = QueryOracle(model, 6, Access.PROBS, answers=5)
-    averaged = oracle.scores(x, torch.arange(6))
-    start = Draws(0, torch.arange(6), torch.zeros(6, dtype=torch.int64), key=-1)
-    single = torch.stack([model(x, start.later(number)) for number in range(5)])
-    torch.testing.assert_close(averaged.exp(), single.softmax(-1).mean(0), rtol=1e-5, atol=1e-6)
-    votes = QueryOracle(model, 6, answers=5).label(x, torch.arange(6))
-    for i in range(6):
-        counts = single.argmax(-1)[:, i].bincount(minlength=4)
-        assert counts[votes[i]] == counts.max()
-
-
-# modes and stand-ins
-
-
-def test_fast_answers_the_search_and_the_model_confirms() -> None:
-    x = images(3)
-    slow, fast = Counting(Small(), x), Counting(Small(scale=1.0), x)
-    oracle = QueryOracle(slow, 3, fast=fast)
-    torch.testing.assert_close(oracle.scores(x, torch.arange(3)), fast.model(x))
-    oracle.label(x, torch.arange(3))
-    assert (slow.seen.tolist(), fast.seen.tolist()) == ([0] * 3, [2] * 3)
-    assert torch.equal(oracle.confirm(x, torch.arange(3)), decided(Small(), x))
-    assert (slow.seen.tolist(), oracle.queries.tolist()) == ([1] * 3, [3] * 3)
-    assert oracle.doubtful
-
-
-def test_linear_gradient_is_the_weight() -> None:
-    model, x = Linear(3), images(2)
-    leaf = x.clone().requires_grad_()
-    QueryOracle(model, 2).scores(leaf, rows(0, 1))[:, 1].sum().backward()
-    torch.testing.assert_close(leaf.grad, model.weight[1].detach().view(1, 3, 8, 8).expand(2, -1, -1, -1))

@@ -17,6 +17,7 @@ from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.oracle import QueryOracle
 from lit_adv.protocol import Protocol
+from lit_adv.report import Outcome
 from lit_adv.threat import ThreatModel
 from lit_adv.trial import Trial
 
@@ -217,6 +218,12 @@ def test_other_pixels_under_the_same_place_start_anew(tmp_path: Path) -> None:
     assert_same(records, fresh.close().unique())
 
 
+def finished(protocol: Protocol, folder: Path) -> tuple[Records, Outcome]:
+    trial = Trial(protocol, model(), "images", dirpath=folder)
+    records = run(trial)
+    return records, trial.outcome(records)
+
+
 @pytest.mark.parametrize("bytes_per_file", [0, 3000, 12000])
 def test_full_disk_costs_no_result(tmp_path: Path, bytes_per_file: int) -> None:
     resource = pytest.importorskip("resource")
@@ -225,9 +232,7 @@ def test_full_disk_costs_no_result(tmp_path: Path, bytes_per_file: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, before[1]))
     try:
         with pytest.warns(UserWarning, match="results are kept in memory") as caught:
-            trial = Trial(nattack(), model(), "images", dirpath=tmp_path)
-            records = run(trial)
-            outcome = trial.outcome(records)
+            records, outcome = finished(nattack(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(caught) == 1
@@ -254,7 +259,9 @@ def test_images_wrong_at_first_never_reach_the_attack() -> None:
     class Watched(PGD):
         given: list[int]
 
-        def __call__(self, oracle: Any, x: Any, y: Any, target: Any = None, index: Any = None, finished: Any = None) -> Any:
+        def __call__(
+            self, oracle: Any, x: Any, y: Any, target: Any = None, index: Any = None, finished: Any = None
+        ) -> Any:
             assert isinstance(oracle, QueryOracle)
             self.given += index.tolist()
             return super().__call__(oracle, x, y, target, index, finished)
@@ -419,7 +426,7 @@ class Turncoat(nn.Module):
 def test_only_the_attack_asks_with_gradients() -> None:
     """Clean check and verification need no graph; a model may answer the two otherwise, and the latter counts."""
     label = int(Y[0])
-    chosen = (Y == label).nonzero().squeeze(1)[:3]
+    chosen = (label == Y).nonzero().squeeze(1)[:3]
     turncoat = Turncoat(label).eval()
     trial = Trial(pgd(attack=PGD(ThreatModel(eps=0.3), steps=10)), turncoat)
     trial.add(Batch(X[chosen], Y[chosen], chosen))

@@ -111,3 +111,27 @@ def near_boundary(count: int, norm: str, classes: int = 3, seed: int = 0) -> tup
         flat = flat - ((flat @ w - offset) / (w @ w))[:, None] * w
     dual = w.abs().sum() if norm == "linf" else w.norm()
     return model, flat.view_as(x), torch.zeros(count, dtype=torch.int64), float(-gap / dual)
+
+
+def safe(scale: float = 0.2, count: int = 3, shape: tuple[int, ...] = (3, 8, 8)) -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear classifier that no small change can fool, images and labels."""
+    model = Linear(3, shape)
+    x = 0.1 + 0.8 * images(count, 4, shape)
+    with torch.no_grad():
+        model.weight *= scale
+        model.bias[0] = 1e3
+    return model, x, torch.zeros(count, dtype=torch.int64)
+
+
+class Recording(nn.Module):
+    """Keeps every image it is given; there must be some."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x)
+        self.given.append(x.clone())
+        return self.inner(x)
