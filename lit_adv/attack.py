@@ -170,7 +170,8 @@ class IterativeAttack(Attack):
             if room > 0 and len(waiting):
                 state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
             state, anew = search.retire(state)
-            waiting = torch.cat([waiting, anew])
+            if len(anew):
+                waiting = torch.cat([waiting, anew])
             if len(state):
                 state = self.step(search, state)
                 state.t = state.t + (~state.inside).long()

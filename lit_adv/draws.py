@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,11 +52,11 @@ class Draws:
         """Standard normal numbers, (n, *shape); ``shape[0]`` counts samples, from sample ``first`` on."""
         samples, inner = _samples(shape)
         half = -(-inner // 2)
-        bits = self._bits(_NORMAL, samples, 2 * half, first)
-        radius = _unit(bits[..., :half]).log_().mul_(-2).sqrt_()
-        angle = _unit(bits[..., half:]).mul_(2 * math.pi)
-        numbers = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], -1)
-        return numbers[..., :inner].reshape(len(self), *shape).to(dtype)
+        unit = _unit(self._bits(_NORMAL, samples, 2 * half, first))
+        radius, angle = unit[..., :half].log().mul_(-2).sqrt_(), unit[..., half:].mul(2 * math.pi)
+        torch.mul(radius, angle.cos(), out=unit[..., :half])
+        torch.mul(radius, angle.sin_(), out=unit[..., half:])
+        return unit[..., :inner].reshape(len(self), *shape).to(dtype)
 
     def uniform(
         self,
@@ -80,23 +80,28 @@ class Draws:
         if isinstance(first, int) and first == 0:
             self._calls += 1
         low, high = self._row_keys(kind, self._calls if isinstance(first, int) else -1)
-        begin = _int32((torch.as_tensor(first, device=low.device) * width) & _WORD)
+        if isinstance(first, Tensor):
+            low = low + _words(first.to(low.device) * width)[0]
+        elif first:
+            low = low + _signed((first * width) & _WORD)
         counter = torch.arange(samples * width, dtype=torch.int32, device=low.device)
-        word = counter + (low + begin)[:, None]
-        word ^= (word >> 16) & 0xFFFF
+        word = counter + low[:, None]
+        word ^= (word >> 16).bitwise_and_(0xFFFF)
         word *= 0x21F0AAAD
         word += high[:, None]
-        word ^= (word >> 15) & 0x1FFFF
+        word ^= (word >> 15).bitwise_and_(0x1FFFF)
         word *= _signed(0xD35A2D97)
-        word ^= (word >> 15) & 0x1FFFF
+        word ^= (word >> 15).bitwise_and_(0x1FFFF)
         return word.view(len(self), samples, width)
 
     def _row_keys(self, kind: int, call: int) -> tuple[Tensor, Tensor]:
         """Two 32-bit words per row from everything that names the stream, by 64-bit mixing."""
-        hashed = torch.full_like(self.index, _signed64(self.seed * 0x9E3779B97F4A7C15), dtype=torch.int64)
-        for part in (self.index, self.step, self.key, call, kind):
-            hashed = _mix64(hashed ^ _mix64(torch.as_tensor(part, device=hashed.device, dtype=torch.int64)))
-        return _int32(hashed & _WORD), _int32((hashed >> 32) & _WORD)
+        index, step = _mix64(torch.stack([self.index, self.step]))
+        hashed = _mix64(index ^ _signed64(self.seed * 0x9E3779B97F4A7C15))
+        hashed = _mix64(hashed ^ step)
+        for part in (self.key, call, kind):
+            hashed = _mix64(hashed ^ _mix64(part))
+        return _words(hashed)
 
 
 def _samples(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -107,19 +112,28 @@ def _samples(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _unit(bits: Tensor) -> Tensor:
     """The upper 24 bits as float32 in (0, 1), both ends excluded."""
-    return ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24).clamp_max_(1 - 2.0**-24)
+    return (bits >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24).clamp_max_(1 - 2.0**-24)
 
 
-def _mix64(word: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 on int64 words, whose products wrap around."""
-    word = word + _signed64(0x9E3779B97F4A7C15)
-    word = (word ^ ((word >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9)
-    word = (word ^ ((word >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB)
+Word = TypeVar("Word", int, Tensor)
+
+
+def _mix64(word: Word) -> Word:
+    """The finaliser of SplitMix64 on int64 words, whose products wrap around; of a number, as a number."""
+    word = _wrapped(word + _signed64(0x9E3779B97F4A7C15))
+    word = _wrapped((word ^ ((word >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9))
+    word = _wrapped((word ^ ((word >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB))
     return word ^ ((word >> 31) & (2**33 - 1))
 
 
-def _int32(word: Tensor) -> Tensor:
-    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+def _wrapped(word: Word) -> Word:
+    return word if isinstance(word, Tensor) else _signed64(word)
+
+
+def _words(word: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower and the upper half of int64 words, as int32."""
+    low, high = word.contiguous().view(torch.int32).view(-1, 2).unbind(1)
+    return low, high
 
 
 def _signed(word: int) -> int:

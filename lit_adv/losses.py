@@ -35,9 +35,10 @@ def cross_entropy(scores: Tensor, y: Tensor, target: Tensor | None = None, rejec
     """
     if target is not None:
         own, others = _split(scores, target, None)
-        return -F.softplus(others.logsumexp(-1) - own.logsumexp(-1))
+        return -F.softplus(others.logsumexp(-1) - own.squeeze(-1))
     own, others = _split(scores, y, reject)
-    return F.softplus(others.logsumexp(-1) - own.logsumexp(-1))
+    together = own.squeeze(-1) if reject is None else own.logsumexp(-1)
+    return F.softplus(others.logsumexp(-1) - together)
 
 
 def margin(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
@@ -91,10 +92,7 @@ def _column(scores: Tensor, label: Tensor) -> Tensor:
 
 def _split(scores: Tensor, label: Tensor, reject: int | None) -> tuple[Tensor, Tensor]:
     """The scores of the label (and the refusal), and those of all others with the former at minus infinity."""
-    own = _column(scores, label).unsqueeze(-1)
-    mask = F.one_hot(label, scores.shape[-1]).bool()
+    place = label.view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
     if reject is not None:
-        own = torch.cat([own, scores[..., reject : reject + 1]], -1)
-        mask[:, reject] = True
-    mask = mask.view(len(label), *[1] * (scores.dim() - 2), scores.shape[-1])
-    return own, scores.masked_fill(mask, -torch.inf)
+        place = torch.cat([place, torch.full_like(place, reject)], -1)
+    return scores.gather(-1, place), scores.scatter(-1, place, -torch.inf)

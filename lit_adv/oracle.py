@@ -121,7 +121,7 @@ class QueryOracle:
         """Book ``images`` per row; raises :class:`QueryBudgetExceeded` and books nothing if that is too much."""
         if self.budget is not None:
             after = self.queries.index_add(0, rows, torch.full_like(rows, images))
-            if len(rows) and int(after[rows].max()) > self.budget:
+            if len(rows) and int(after.max()) > self.budget:
                 row = int(rows[after[rows].argmax()])
                 raise QueryBudgetExceeded(
                     f"{images} more queries were asked for image {row}, which has {int(self.queries[row])} of its "
@@ -226,6 +226,12 @@ class QueryOracle:
         """A half-precision model gets half-precision images; the attack's arithmetic stays in float32."""
         return x.to(self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else x
 
+    def _with_graph(self, x: Tensor, draws: Draws | None) -> Tensor:
+        answer = self._differentiated(x, draws)
+        if isinstance(answer, Tensor) and not answer.requires_grad:
+            raise _no_gradient(self)
+        return answer
+
     def _in_chunks(self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None) -> Tensor:
         """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
         parts: list[Tensor] = []
@@ -321,10 +327,7 @@ class _Differentiable(torch.autograd.Function):
 def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
-    if not answer.requires_grad:
-        raise _no_gradient(oracle)
-    return leaf, answer
+        return leaf, oracle._timed(oracle._with_graph, leaf, draws)
 
 
 def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
@@ -368,7 +371,7 @@ def _flat(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images must be (n, C, H, W) or (n, s, C, H, W), got shape {tuple(x.shape)}")
     if x.dim() == 4:
         return x, rows
-    return x.flatten(0, 1), rows.repeat_interleave(x.shape[1])
+    return x.flatten(0, 1), rows[:, None].expand(x.shape[:2]).reshape(-1)
 
 
 def _occurrence(rows: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ class Search:
         return self._draws(rows, torch.full_like(rows, -1), key)
 
     def _draws(self, rows: Tensor, step: Tensor, key: int) -> Draws:
-        return Draws(self.seed, self.index[rows], step + (self.restart[rows] << 32), key)
+        if self.attack.restarts > 1:
+            step = step + (self.restart[rows] << 32)
+        return Draws(self.seed, self.index[rows], step, key)
 
     def scores(
         self,
@@ -226,6 +228,8 @@ class Search:
         if self.oracle.budget is None or x.dim() == 4:
             return asked
         left = self.oracle.remaining(state.rows)
+        if int(left.min()) >= x.shape[1]:
+            return asked
         wanted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if asked is None else asked
         covered = wanted & (wanted.cumsum(1) <= left[:, None])
         return asked if bool((covered == wanted).all()) else covered
@@ -265,6 +269,8 @@ class Search:
         scored = answer.is_floating_point()
         labels = answer.argmax(-1) if scored else answer
         hit = is_adversarial(labels, state.y, state.target, self.reject).view(len(x), samples)
+        if not hit.any():
+            return
         if scored:
             known = ~answer.isnan().any(-1).view(len(x), samples)
             hit = hit & known
@@ -336,7 +342,9 @@ class Search:
         A row ends when it has won, is done, or is out of steps or budget. One that ends without a win has its last
         candidate asked once more, charged as a check; then it may have a restart left.
         """
-        over = state.done | (state.t >= self.attack.steps) | self._broke(state) | self.won(state)
+        over = state.done | (state.t >= self.attack.steps) | self.won(state)
+        if self.oracle.budget is not None:
+            over = over | self._broke(state)
         if not over.any():
             return state, state.rows[:0]
         ended = state[over.nonzero().squeeze(1)]
@@ -350,8 +358,6 @@ class Search:
         return state[(~over).nonzero().squeeze(1)], anew.rows
 
     def _broke(self, state: State) -> Tensor:
-        if self.oracle.budget is None:
-            return torch.zeros_like(state.done)
         cost = self.attack.cost(state.x.shape[1:], state) if self.attack.needs_whole_step else 1
         return self.oracle.remaining(state.rows) < cost
 

@@ -95,7 +95,7 @@ class ThreatModel:
             return x.clamp(low, high)
         if self.norm == "linf":
             lower, upper = (x0 - self.radius).clamp_min(low), (x0 + self.radius).clamp_max(high)
-            return torch.minimum(torch.maximum(x, lower), upper)
+            return x.clamp(lower, upper)
         return torch.where(self._outside(x - x0), x0 + self._shrink(x - x0), x).clamp(low, high)
 
     def _outside(self, delta: Tensor) -> Tensor:

@@ -29,8 +29,19 @@ def test_sizes_below_one_are_refused(size: int) -> None:
 
 
 def test_doubles_while_it_pays_and_goes_back_when_it_does_not() -> None:
-    chunk = run({64: 1e5, 128: 1.5e5, 256: 2e5, 512: 2.01e5}, Chunk(None, CPU))
+    chunk = run({64: 1e3, 128: 1.5e3, 256: 2e3, 512: 2.01e3}, Chunk(None, CPU))
     assert (chunk.size, chunk.settled) == (256, True)
+
+
+def test_short_forwards_double_at_the_same_rate_to_share_the_work_around_them() -> None:
+    assert run(dict.fromkeys((64, 128, 256, 512, 1024), 5e4), Chunk(None, CPU)).size == 512
+
+
+def test_nearly_full_forwards_count() -> None:
+    chunk = Chunk(None, CPU)
+    for _ in range(4):
+        chunk.observe(60, 1e-3)
+    assert chunk.size == 128
 
 
 def test_stops_at_the_limit() -> None:
@@ -46,7 +57,7 @@ def test_stops_where_a_forward_takes_long() -> None:
 def test_partial_forwards_and_the_warm_up_teach_nothing() -> None:
     chunk = Chunk(None, CPU)
     for _ in range(50):
-        chunk.observe(chunk.size - 1, 1e-9)
+        chunk.observe(chunk.size // 2, 1e-9)
     assert (chunk.size, chunk.settled) == (64, False)
     chunk.observe(64, 1e9)  # the first at a size may be slow
     for _ in range(3):

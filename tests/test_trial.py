@@ -122,6 +122,22 @@ def test_a_broken_run_goes_on_where_it_stopped(tmp_path: Path, protocol: Protoco
         torch.testing.assert_close(one[index], other[index], rtol=0, atol=1e-9)
 
 
+def test_a_broken_run_goes_on_with_two_processes_and_then_with_one(tmp_path: Path) -> None:
+    whole = run(Trial(nattack(), model(), "images"))
+    killed_after(16, tmp_path, nattack())
+    done = [row["index"] for row in lines(tmp_path)]
+    watched = [model(), model()]
+    parts = [
+        run(Trial(nattack(), watched[rank], "images", dirpath=tmp_path, rank=rank, world=2), 4, place)
+        for rank, place in enumerate((torch.arange(0, COUNT, 2), torch.arange(1, COUNT, 2)))
+    ]
+    assert_same(Records.cat(parts).unique(), whole)
+    assert not (watched[0].seen + watched[1].seen)[done].any()
+    alone = model()
+    assert_same(run(Trial(nattack(), alone, "images", dirpath=tmp_path)), whole)
+    assert not alone.seen.any()
+
+
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     first = Trial(pgd(), model(), "images", dirpath=tmp_path)
     whole = run(first)

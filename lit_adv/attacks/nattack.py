@@ -153,7 +153,7 @@ class NAttack(IterativeAttack):
         noise = self._population(search, state)
         number = state.phase[:, None] * self._block + torch.arange(self._block, device=noise.device)
         asked = (number < self.samples) & ~search.won(state)[:, None]
-        images = self.render(state.phi.unsqueeze(1) + self.sigma * noise, state)
+        images = self.render((self.sigma * noise).add_(state.phi.unsqueeze(1)), state)
         candidate = self.schedule == "samples"
         mask = None if self.samples % self._block == 0 and self.schedule == "samples" else asked
         scores = search.scores(images, state, candidate=candidate, asked=mask)

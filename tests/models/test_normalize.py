@@ -21,9 +21,7 @@ def test_one_number_serves_all_channels_and_lies_in_the_checkpoint() -> None:
     assert set(layer.state_dict()) == {"mean", "std"}
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"), [([0.5], [0.5, 0.5]), ([], []), ([0.5], [0.0]), ([0.5], [math.nan])]
-)
+@pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5, 0.5]), ([], []), ([0.5], [0.0]), ([0.5], [math.nan])])
 def test_normalize_refuses_numbers_that_do_not_fit(mean: list[float], std: list[float]) -> None:
     with pytest.raises(ValueError, match="std"):
         Normalize(mean, std)

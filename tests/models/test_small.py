@@ -61,12 +61,8 @@ def test_digits_net_is_counted_by_hand() -> None:
     assert parameters(model) == 32 * 10 + 64 * (32 * 9 + 1) + 1025 * 64 + 65 * 10
 
 
-@pytest.mark.parametrize(
-    ("network", "least"), [(DigitsNet, 2), (ModelA, 9), (ModelB, 27), (ModelC, 5), (ModelD, 1)]
-)
-def test_the_least_image_size_works_and_a_smaller_one_is_refused(
-    network: type[nn.Module], least: int
-) -> None:
+@pytest.mark.parametrize(("network", "least"), [(DigitsNet, 2), (ModelA, 9), (ModelB, 27), (ModelC, 5), (ModelD, 1)])
+def test_the_least_image_size_works_and_a_smaller_one_is_refused(network: type[nn.Module], least: int) -> None:
     model = network(image_size=least, in_channels=2, num_classes=3).eval()
     assert model(torch.rand(2, 2, least, least)).shape == (2, 3)
     with pytest.raises(ValueError, match=f"image_size must be at least {least} "):

@@ -50,9 +50,7 @@ def test_the_shortcut_pools_and_pads_channels_on_both_sides(activate: bool) -> N
     if activate:
         scaled = x / (1 + 1e-3) ** 0.5  # the batch norm before it has seen nothing yet
         start = torch.where(scaled > 0, scaled, 0.1 * scaled)
-    pooled = (
-        start[..., ::2, ::2] + start[..., 1::2, ::2] + start[..., ::2, 1::2] + start[..., 1::2, 1::2]
-    ) / 4
+    pooled = (start[..., ::2, ::2] + start[..., 1::2, ::2] + start[..., ::2, 1::2] + start[..., 1::2, 1::2]) / 4
     expected = torch.zeros(3, 5, 2, 3, dtype=torch.float64)
     expected[:, 1:3] = pooled  # three channels more: one before, two after
     torch.testing.assert_close(unit(x), expected)
