@@ -46,7 +46,7 @@ class Count:
 def cases(quick: bool) -> list[Case]:
     """The measurements; quick ones do less of the same."""
     # (narrow images, population updates, PGD steps) on each net: one forward is 20 times dearer on Model A
-    wide, digits = ((8, 1, 8), (32, 1, 40)) if quick else ((24, 1, 20), (64, 2, 100))
+    wide, digits = ((8, 1, 8), (32, 1, 40)) if quick else ((16, 1, 20), (64, 2, 100))
     model_a, digits_net = ModelA(), DigitsNet()
     few, many = (32, 64, 128), (64, 128, 256, 512, 1024)
     return [

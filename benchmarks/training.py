@@ -52,7 +52,7 @@ def cases(quick: bool) -> list[Case]:
     narrow = ModelA(filters=(16, 32), hidden=100, dropout=(0.0, 0.0))
     return [
         Case("Madry training, digits net", DigitsNet(), Digits(batch_size=BATCH, val_split=0), 2 if quick else 5),
-        Case("Madry training, narrow Model A", narrow, Noise(batch_size=BATCH, val_split=0), 1 if quick else 4),
+        Case("Madry training, narrow Model A", narrow, Noise(batch_size=BATCH, val_split=0), 1 if quick else 2),
     ]
 
 

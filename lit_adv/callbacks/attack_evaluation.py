@@ -103,6 +103,17 @@ class AttackEvaluation(Callback):
         """Several attacks may stand side by side."""
         return f"AttackEvaluation({self.name})"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse two attacks of one name, whose measures would overwrite one another."""
+        names = [callback.name for callback in self._all(trainer)]
+        if names.count(self.name) > 1:
+            raise ValueError(f"two attacks are called {self.name!r}: give each a name of its own")
+
+    @staticmethod
+    def _all(trainer: Trainer) -> list[AttackEvaluation]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, AttackEvaluation)]
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a probe, in every n-th epoch."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.state.fn != "fit"
@@ -146,7 +157,7 @@ class AttackEvaluation(Callback):
             world=trainer.world_size,
             total=_images(trainer, stage),
             progress=trainer.is_global_zero and stage == "test",
-            place=1 + [c for c in trainer.callbacks if isinstance(c, AttackEvaluation)].index(self),  # type: ignore[attr-defined]
+            place=self._all(trainer).index(self),
         )
 
     def _add(self, batch: Any) -> None:
@@ -165,11 +176,14 @@ class AttackEvaluation(Callback):
         for key, attribute in _LOGGED.items():
             value = getattr(self.summary, attribute)
             if value is not None and math.isfinite(value):
-                # every process holds the same joined records, so there is nothing left to reduce
+                # every process holds the same joined records: their mean is the value itself
                 pl_module.log(
-                    f"{stage}/{key}/{self.name}", torch.tensor(value, dtype=torch.float32), rank_zero_only=False,
-                    prog_bar=key == "robust_accuracy", add_dataloader_idx=False,
-                )  # fmt: skip
+                    f"{stage}/{key}/{self.name}",
+                    torch.tensor(value, dtype=torch.float32, device=pl_module.device),
+                    prog_bar=key == "robust_accuracy",
+                    sync_dist=trainer.world_size > 1,
+                    add_dataloader_idx=False,
+                )
         self._show(trainer, stage)
 
     def _show(self, trainer: Trainer, stage: str) -> None:
@@ -183,7 +197,7 @@ class AttackEvaluation(Callback):
                 )
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        root = self.dirpath or trainer.log_dir
+        root = self.dirpath or (trainer.log_dir if trainer.loggers else None)
         if root is None:
             return None
         return Path(str(trainer.strategy.broadcast(str(root)))) / "attacks"

@@ -201,6 +201,12 @@ def compare(model: nn.Module, data: Batch, protocols: Sequence[Protocol], alone:
     ]
 
 
+def describe(setting: Setting) -> str:
+    """A setting in words."""
+    processes = "one process" if setting.processes == 1 else f"{setting.processes} processes"
+    return f"{processes}, " + ("each image alone" if setting.batch == 1 else f"batches of {setting.batch}")
+
+
 def _process(
     rank: int, world: int, model: nn.Module, data: Batch, jobs: Sequence[tuple[int, Protocol, Setting]], folder: Path
 ) -> None:
@@ -211,6 +217,8 @@ def _process(
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     try:
         for number, protocol, setting in jobs:
+            if rank == 0:
+                print(f"{protocol.name}: {describe(setting)}", flush=True)
             _share(rank, setting, protocol, model, data, folder / str(number))
     finally:
         if world > 1:

@@ -319,7 +319,7 @@ def test_two_processes_make_the_records_of_one(trained: Path, tmp_path: Path) ->
             records = Records.from_rows(list(csv.DictReader(file)))
         assert len(records) == count
         assert_same(records, found(callback))
-        folder = tmp_path / "runs" / "pair" / "version_0" / "attacks" / callback.name
+        folder = tmp_path / "runs" / "pair" / "attacks" / callback.name
         shares = [len(path.read_text().splitlines()) for path in sorted(folder.rglob("rank?.jsonl"))]
         assert sum(shares) in (count, count + 1)  # the image that the sampler repeats
         assert min(shares) >= count // 2
