@@ -268,7 +268,7 @@ def protocols(data: Literal["mnist", "digits"], queries: int) -> list[Protocol]:
     if data == "mnist":
         threat = ThreatModel("linf", 0.3)
         pgd = PGD(threat, steps=40, step_size=0.01)
-        nattack = NAttack(threat, steps=200, samples=100, step_size=0.02, shrink=0.1)
+        nattack = NAttack(threat, steps=200, samples=50, step_size=0.1, shrink=0.1)
     else:
         threat = ThreatModel("linf", 0.15)
         pgd = PGD(threat, steps=20, step_size=0.02)
@@ -322,15 +322,15 @@ def show(comparisons: Sequence[Comparison], dtype: torch.dtype) -> int:
 
     title = f"compared with one process, batches of 64 ({str(dtype).removeprefix('torch.')})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    heads = ("attack", "pro-\ncesses", "batch", "images", "robust /\nreference", "same\nsuccess", "records",
-             "x_adv\nwithin", "pixels\ndiffer", "same draws", "bounds")  # fmt: skip
+    heads = ("attack", "processes\nx batch", "images", "robust", "refe-\nrence", "same\nsuccess", "records",
+             "x_adv\nwithin", "pixels\ndiffer", "same\ndraws", "bounds")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="left" if head == "attack" else "right", vertical="bottom", no_wrap=True)
     for row in comparisons:
         table.add_row(
-            row.attack, str(row.setting.processes), str(row.setting.batch), str(row.images),
-            f"{row.robust} / {row.reference}", f"{row.success:.1%}", "equal" if row.records else "differ",
-            f"{row.furthest:.0e}", f"{row.pixels:.2%}", f"{row.draws} / {row.calls}",
+            row.attack, f"{row.setting.processes} x {row.setting.batch}", str(row.images), str(row.robust),
+            str(row.reference), f"{row.success:.1%}", "equal" if row.records else "differ", f"{row.furthest:.0e}",
+            f"{row.pixels:.2%}", "all" if row.draws == row.calls else f"{row.draws}/{row.calls}",
             "kept" if row.holds(dtype) else "MISSED",
         )  # fmt: skip
     Console(width=max(100, Console().width)).print(table)
