@@ -63,6 +63,8 @@ def evaluate(
         moved = Batch(*(part.to(device) for part in batch))
         for trial in trials:
             trial.add(moved)
+        if all(trial.full for trial in trials):
+            break
     outcomes = [trial.outcome(trial.close()) for trial in trials]
     report = Report(outcomes, name or type(model).__name__, data or "images given", versions())
     if folder is not None:

@@ -112,6 +112,12 @@ class Trial:
         if len(self._pool) >= self.protocol.pool:
             self._attack()
 
+    @property
+    def full(self) -> bool:
+        """Whether as many images have come as the trial looks at."""
+        limit = self.protocol.max_samples
+        return limit is not None and self._seen * self.world + self.rank >= limit
+
     def close(self) -> Records:
         """Attack what still waits; the records of this process's images."""
         if len(self._pool):
