@@ -19,12 +19,15 @@ from measure import Comparison, clock_for
 from rich.console import Console
 from rich.table import Table
 
+from lit_adv.cli import keep_memory
+
 PARTS = ("attacks", "training", "startup")
 
 
 def main() -> None:
     """Measure, print the table, write the figures if asked."""
     options = _options()
+    keep_memory()  # as train.py and evaluate.py do; the baselines gain by it too
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     console = Console()

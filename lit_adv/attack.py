@@ -204,7 +204,7 @@ class IterativeAttack(Attack):
         with attacking(*oracle.models), torch.no_grad():
             x = x.detach().clone()
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
-            oracle.index, oracle.seed = index, seed
+            oracle.index, oracle.seed, oracle.direct = index, seed, len(x) <= oracle.chunk
             search = Search(self, oracle, x, y, target, index, watch=False)
             search.seed = seed
             state = self.start(search, torch.arange(len(x), device=x.device))

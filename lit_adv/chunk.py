@@ -32,7 +32,11 @@ class Chunk:
         if self._seen < 4:
             return
         if self._best < 1.05 * self._previous_rate:
-            self.size, self.settled = self.size // 2, True
+            if self._seen < 16:  # a busy machine makes single forwards slow
+                return
+            if self._best < 0.95 * self._previous_rate:  # else stay, for the rows of the pool are that many by now
+                self.size //= 2
+            self.settled = True
         elif 2 * self.size > self.limit or images / self._best > 0.25:
             self.settled = True
         else:

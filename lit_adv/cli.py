@@ -1,5 +1,6 @@
 """The command lines of train.py and evaluate.py: the only place that knows LightningCLI."""
 
+import ctypes
 import logging
 import sys
 import traceback
@@ -303,6 +304,7 @@ def _as_list(value: Any) -> list[Any]:
 def _run(main: Callable[[], object]) -> None:
     """Run a command line; an error that this package raised on purpose is told in one line."""
     _quiet()
+    keep_memory()
     try:
         with warnings.catch_warnings():
             for message in _NOT_OURS:
@@ -315,6 +317,17 @@ def _run(main: Callable[[], object]) -> None:
         if Path(__file__).parent not in raised_in.parents:
             raise
         _exit(str(error))
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory: returning it after every layer and faulting it in again costs a fifth of the time.
+
+    Concerns this process and CPU memory alone; elsewhere than on Linux with glibc nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt's parameters in malloc.h
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _quiet() -> None:

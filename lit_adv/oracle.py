@@ -99,6 +99,7 @@ class QueryOracle:
         self.confirmations = (31 if confirm is None else confirm) if self.stochastic else 1
         self.doubtful = self.stochastic or fast is not None or surrogate is not None
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.direct = False  # training: graphs in one piece, for the step on the weights needs more memory anyway
         self._asked = False
 
     @property
@@ -161,12 +162,15 @@ class QueryOracle:
         each = 1 if x.requires_grad else self.answers  # gradients are averaged by eot instead
         draws = self._draws(flat_rows, each)
         self.charge(flat_rows, each)
-        if x.requires_grad:
-            answer = _Differentiable.apply(flat, self, draws)
-        else:
+        if not x.requires_grad:
             answer = self._in_chunks(self._fast_or_deployed, flat, draws)
+        elif self.direct:
+            answer = self._checked(self._differentiated(flat, draws), len(flat))
+        else:
+            answer = _Differentiable.apply(flat, self, draws)
         answer = self._as_scores(answer)
-        self.nonfinite += answer.detach().isnan().any(-1).sum()
+        if not self.direct:
+            self.nonfinite += answer.detach().isnan().any(-1).sum()
         return answer.view(*x.shape[:-3], answer.shape[-1])
 
     def confirm(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -226,12 +230,6 @@ class QueryOracle:
         """A half-precision model gets half-precision images; the attack's arithmetic stays in float32."""
         return x.to(self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else x
 
-    def _with_graph(self, x: Tensor, draws: Draws | None) -> Tensor:
-        answer = self._differentiated(x, draws)
-        if isinstance(answer, Tensor) and not answer.requires_grad:
-            raise _no_gradient(self)
-        return answer
-
     def _in_chunks(self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None) -> Tensor:
         """Answers of the deployed model in forwards of ``chunk`` images; out of memory halves it and goes on."""
         parts: list[Tensor] = []
@@ -253,12 +251,17 @@ class QueryOracle:
     def _timed(self, ask: Callable[[Tensor, Draws | None], Tensor], part: Tensor, draws: Draws | None) -> Tensor:
         if self.chunk_tuner.settled:
             return self._checked(ask(part, draws), len(part))
-        _wait(part.device)
-        begun = time.perf_counter()
+        begun = self._now(part.device)
         answer = ask(part, draws)
-        _wait(part.device)
-        self.chunk_tuner.observe(len(part), time.perf_counter() - begun)
+        self.chunk_tuner.observe(len(part), self._now(part.device) - begun)
         return self._checked(answer, len(part))
+
+    def _now(self, device: torch.device) -> float:
+        if device.type == "cpu":
+            return time.thread_time()  # of this thread: other work on the machine must not decide the size
+        if not self.chunk_tuner.settled:
+            _wait(device)
+        return time.perf_counter()
 
     def _checked(self, answer: Tensor, images: int) -> Tensor:
         if not self._asked:
@@ -292,7 +295,9 @@ class _Differentiable(torch.autograd.Function):
         ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
         if len(flat) <= oracle.chunk:
             try:
+                begun = oracle._now(flat.device)
                 ctx.graph = _graph(oracle, flat, draws)
+                ctx.seconds = oracle._now(flat.device) - begun
                 return ctx.graph[1].detach()
             except torch.OutOfMemoryError:
                 oracle.chunk_tuner.halve()
@@ -305,7 +310,10 @@ class _Differentiable(torch.autograd.Function):
             leaf, answer = ctx.graph
             ctx.graph = None
             try:
-                return _gradient(oracle, answer, leaf, grad_output), None, None
+                begun = oracle._now(flat.device)
+                gradient = _gradient(oracle, answer, leaf, grad_output)
+                oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun)
+                return gradient, None, None
             except torch.OutOfMemoryError:
                 del leaf, answer
                 oracle.chunk_tuner.halve()
@@ -327,7 +335,10 @@ class _Differentiable(torch.autograd.Function):
 def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        return leaf, oracle._timed(oracle._with_graph, leaf, draws)
+        answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
+    if not answer.requires_grad:
+        raise _no_gradient(oracle)
+    return leaf, answer
 
 
 def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:

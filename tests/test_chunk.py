@@ -29,12 +29,17 @@ def test_sizes_below_one_are_refused(size: int) -> None:
 
 
 def test_doubles_while_it_pays_and_goes_back_when_it_does_not() -> None:
-    chunk = run({64: 1e3, 128: 1.5e3, 256: 2e3, 512: 2.01e3}, Chunk(None, CPU))
+    chunk = run({64: 1e3, 128: 1.5e3, 256: 2e3, 512: 1.5e3}, Chunk(None, CPU))
     assert (chunk.size, chunk.settled) == (256, True)
 
 
 def test_short_forwards_double_at_the_same_rate_to_share_the_work_around_them() -> None:
-    assert run(dict.fromkeys((64, 128, 256, 512, 1024), 5e4), Chunk(None, CPU)).size == 512
+    assert run(dict.fromkeys((64, 128, 256, 512, 1024), 5e4), Chunk(None, CPU)).size == 1024
+
+
+def test_stays_where_doubling_made_no_difference() -> None:
+    chunk = run({64: 1e3, 128: 1.5e3, 256: 1.5e3}, Chunk(None, CPU))
+    assert (chunk.size, chunk.settled) == (256, True)
 
 
 def test_nearly_full_forwards_count() -> None:
