@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_adv.attacks import PGD, NAttack
 from lit_adv.models import DigitsNet, ModelA
 from lit_adv.oracle import QueryOracle
-from lit_adv.search import AttackResult
+from lit_adv.result import AttackResult
 from lit_adv.threat import ThreatModel
 
 UNREACHABLE = ThreatModel("linf", 1e-4)  # no image breaks, so all of them are asked about to the end

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lit_adv.answers import evaluating
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
-from lit_adv.search import AttackResult, Search, State
+from lit_adv.result import AttackResult
+from lit_adv.search import Search, State
 from lit_adv.threat import ThreatModel
 
 __all__ = ["Attack", "AttackResult", "IterativeAttack", "Search", "State"]

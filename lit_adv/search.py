@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,50 +12,25 @@ from torch import Tensor
 from lit_adv.draws import Draws
 from lit_adv.losses import is_adversarial
 from lit_adv.oracle import Access, QueryOracle
+from lit_adv.result import AttackResult
+from lit_adv.threat import ThreatModel
 
-if TYPE_CHECKING:
-    from lit_adv.attack import IterativeAttack
 
+class Rules(Protocol):
+    """What a search must know of its attack; see :class:`lit_adv.attack.IterativeAttack`."""
 
-@dataclass(frozen=True)
-class AttackResult:
-    """What an attack found, one row per image.
+    threat: ThreatModel
+    access: Access
+    seed: int
+    steps: int
+    restarts: int
+    minimizes_distance: bool
+    stop_at_hit: bool
+    needs_whole_step: bool
 
-    Attributes:
-        x_adv: (B, C, H, W) the adversarial image found, else the last candidate; always in the box.
-        success: (B,) bool: adversarial within the threat model, distance <= radius (1 + 1e-6).
-        distance: (B,) of the adversarial image found at any radius, inf if none.
-        queries: (B,) int64, all images sent to the model on account of this one.
-        checks: (B,) int64 of them that a paper's arithmetic leaves out: mean and last checks, confirmations.
-        first_hit: (B,) int64, queries spent when it was first adversarial within the threat model, else -1.
-            A budget of exactly so many would have found it.
-        iterations: (B,) int64, steps completed at the first hit, or in all.
-        trace: (m, 4) float64: row, step, queries and distance at each hit kept.
-        nonfinite: answers that held NaN and counted as no success.
-    """
-
-    x_adv: Tensor
-    success: Tensor
-    distance: Tensor
-    queries: Tensor
-    checks: Tensor
-    first_hit: Tensor
-    iterations: Tensor
-    trace: Tensor
-    nonfinite: int = 0
-
-    def __len__(self) -> int:
-        return len(self.success)
-
-    def __getitem__(self, rows: Tensor) -> AttackResult:
-        """The results of some rows, by places or by a mask; the trace's rows are renumbered."""
-        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-        place = torch.full((len(self),), -1, dtype=torch.int64, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
-        trace = self.trace.clone()
-        trace[:, 0] = place.to(trace.device)[trace[:, 0].long()].to(trace.dtype)
-        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("trace", "nonfinite")}
-        return AttackResult(**tensors, trace=trace[trace[:, 0] >= 0], nonfinite=self.nonfinite)
+    def cost(self, shape: torch.Size, state: State | None = None) -> int:
+        """Images each row may ask about in its next step."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -109,7 +84,7 @@ class Search:
 
     def __init__(
         self,
-        attack: IterativeAttack,
+        attack: Rules,
         oracle: QueryOracle,
         x: Tensor,
         y: Tensor,

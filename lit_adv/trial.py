@@ -23,7 +23,7 @@ from lit_adv.oracle import QueryOracle
 from lit_adv.pictures import Examples
 from lit_adv.protocol import Protocol, identity
 from lit_adv.report import Outcome
-from lit_adv.search import AttackResult
+from lit_adv.result import AttackResult
 from lit_adv.verify import correct, verify
 
 _FLUSH_ROWS, _FLUSH_SECONDS = 64, 5.0

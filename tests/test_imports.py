@@ -20,7 +20,8 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "chunk": (0, set()),
     "estimator": (1, set()),
     "oracle": (1, set()),
-    "search": (1, {"oracle", "attack"}),  # of attack the type only
+    "result": (0, set()),
+    "search": (1, {"oracle"}),
     "attack": (1, {"oracle", "search"}),
     "verify": (1, set()),
     "protocol": (1, {"oracle", "attack"}),
