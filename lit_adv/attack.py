@@ -253,13 +253,24 @@ def check_images(
     if not len(x):
         return
     if not x.isfinite().all():
-        raise ValueError(f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} images hold NaN or inf")
+        lost = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(f"{lost} of {len(x)} images hold NaN or inf: leave them out or mend what makes them")
     low, high = threat.box
     if x.min() < low or x.max() > high:
         raise ValueError(
             f"images must lie in [{low:g}, {high:g}], got values in [{x.min():.3g}, {x.max():.3g}]: put the "
             "normalisation inside the model, and divide 8-bit images by 255"
         )
+
+
+def check_threat(threat: ThreatModel) -> None:
+    """Refuse a bare radius.
+
+    Raises:
+        TypeError: not a threat model.
+    """
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(f"threat must be a ThreatModel, e.g. ThreatModel('linf', '8/255'), got {threat!r}")
 
 
 def check_labels(y: Tensor, target: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -283,5 +294,5 @@ def _classes(name: str, value: Tensor, x: Tensor) -> Tensor:
             f"got shape {tuple(value.shape)} of {value.dtype}"
         )
     if len(value) and int(value.min()) < 0:
-        raise ValueError(f"{name} holds the negative class {int(value.min())}")
+        raise ValueError(f"{name} holds the negative class {int(value.min())}: give class indices from 0")
     return value.to(x.device, torch.int64).clone()

@@ -5,7 +5,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +77,10 @@ def under_test(
 
 class Parser(LightningArgumentParser):
     """Answers a faulty configuration with one error that names the nearest valid class or key."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """No abbreviations: a flag cut short is a misspelt one."""
+        return []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with status 2."""
@@ -204,6 +209,18 @@ class TrainCLI(AdvCLI):
             kwargs["callbacks"] = [*callbacks, best_epoch(callbacks)]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Find out before the training, not after it, whether its result can be put where it is wanted."""
+        target = self._get(self.config, "save_as")
+        if target is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"save_as {target}: its folder cannot be made ({error.strerror}); choose another"
+            ) from None
+
     def after_fit(self) -> None:
         """Put the best weights where the configuration wants them."""
         target = self._get(self.config, "save_as")
@@ -264,10 +281,10 @@ class EvaluateCLI(AdvCLI):
     def evaluate(self) -> Report | None:
         """Test and attack the network, print the table, write the report."""
         report = self.attack()
+        folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"  # log_dir asks all processes
         if report is None:
             return None
         report.show()
-        folder = self._get(self.config, "report") or self.trainer.log_dir or "runs"
         print(f"report: {report.write(Path(folder))['html']}")
         return report
 
@@ -303,12 +320,9 @@ def _as_list(value: Any) -> list[Any]:
 
 def _run(main: Callable[[], object]) -> None:
     """Run a command line; an error that this package raised on purpose is told in one line."""
-    _quiet()
     keep_memory()
     try:
-        with warnings.catch_warnings():
-            for message in _NOT_OURS:
-                warnings.filterwarnings("ignore", message=message)
+        with quiet():
             main()
     except (ValueError, TypeError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -330,11 +344,16 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
-def _quiet() -> None:
-    """Lightning advertises other products in its log; the rest of what it says stays."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings about Lightning's own calls, and without its advertisements; the rest of what it says stays."""
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     if not log.filters:
         log.addFilter(lambda record: not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip"))
+    with warnings.catch_warnings():
+        for message in _NOT_OURS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def _exit(message: str) -> NoReturn:

@@ -83,6 +83,10 @@ def versions() -> dict[str, str]:
 
 
 def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) -> list[Protocol]:
+    if isinstance(attacks, type):
+        raise TypeError(
+            f"attacks holds the class {attacks.__name__}, not an attack: call it, as in {attacks.__name__}()"
+        )
     if isinstance(attacks, Attack | Protocol):
         attacks = [attacks]
     if not attacks:

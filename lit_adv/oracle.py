@@ -78,6 +78,8 @@ class QueryOracle:
         index: Tensor | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module from images to logits, not {type(model).__name__}: wrap it")
         _check_numbers(budget, answers, confirm, floor, output)
         self.model, self.access, self.budget = model, Access(access), budget
         self.fast, self.output, self.floor, self.seed = fast, output, floor, seed

@@ -65,10 +65,14 @@ class Protocol:
             raise ValueError(f"pool and max_samples must be at least 1, got {self.pool} and {self.max_samples}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1 or None, got {self.draws}")
+        if self.access is not None and self.access not in ("label", "probs", "logits", "gradient"):
+            raise ValueError(f"access must be label, probs, logits, gradient or None, got {self.access!r}")
+        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
+            raise ValueError(f"budget must be a whole number of queries per image from 0, or None, got {self.budget!r}")
         if self.granted < self.attack.access:
             raise ValueError(
                 f"{self.name}: access {self.access!r} is less than {type(self.attack).__name__} needs, "
-                f"{self.attack.access.name.lower()!r}"
+                f"{self.attack.access.name.lower()!r}: grant that, or leave access out"
             )
 
     @property

@@ -5,7 +5,10 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+
+from lit_adv.threat import ThreatModel
 
 COLLECTIONS = ("attacks", "callbacks", "datamodules", "defenses", "estimators", "models", "objectives", "tasks")
 FURTHER = ("pytorch_lightning.callbacks", "torch.optim", "torch.optim.lr_scheduler", "torch.nn")
@@ -14,7 +17,8 @@ _EXPECTED = re.compile(r"^Expected a <class '([\w.]+)'>$")
 # What jsonargparse says besides the reason.
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"
-    r"|Expected a <class 'NoneType'>|Expected a path but)"
+    r"|Expected a <class 'NoneType'>|Expected a path but|Not a valid subclass of|Subclass types expect one of"
+    r"|a class path \(str\)|a dict with class_path|an instance of)"
 )
 
 
@@ -59,7 +63,24 @@ def _unknown_class(message: str) -> str | None:
             path = found.group(1)
             if path.endswith((".yaml", ".yml", ".json")):
                 return None
-            return f"{_key(message[: found.start()])}there is no class {path}{_nearest_class(path)}"
+            told = _broken_import(path) or f"there is no class {path}{_nearest_class(path)}"
+            return f"{_key(message[: found.start()])}{told}"
+    return None
+
+
+def _broken_import(path: str) -> str | None:
+    """What is wrong with a module that is there but cannot be imported, or whose package is not on the path."""
+    module = path.rpartition(".")[0]
+    if not module or module.split(".")[0] in ("lit_adv", "torch", "pytorch_lightning", "torchvision"):
+        return None
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            return f"there is no module {error.name}{_nearest_class(path) or '; is its folder on PYTHONPATH?'}"
+        return f"{module} cannot be imported: {error}"
+    except Exception as error:  # whatever the user's module raises is the reason
+        return f"{module} cannot be imported: {type(error).__name__}: {error}"
     return None
 
 
@@ -98,6 +119,11 @@ def _unknown_key(message: str, known: Iterable[str]) -> str | None:
         owner = re.search(r"Group '([^']+)'", message)
         key = f"{owner.group(1)}.{found.group(1)}" if owner else found.group(1)
         heads = {name.split(".")[0] for name in known}
+        if (
+            owner and owner.group(1).split(".")[0] not in heads
+        ):  # an argument that is itself a group, as the threat model
+            near = _nearest(found.group(1), [field.name for field in fields(ThreatModel)])
+            return f"{_key(message[: found.start()])}{owner.group(1)} has no argument {found.group(1)}{near}"
         if key.split(".")[0] not in heads and f"--{key}" not in message:  # a file names the whole, down to its leaves
             key = key.split(".")[0]
             return f"there is no key {key}{_nearest(key, sorted(heads))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -46,6 +47,11 @@ class ThreatModel:
         radius = _number(self.eps)
         if math.isnan(radius) or radius < 0:
             raise ValueError(f"eps must be a radius >= 0 in pixel units, e.g. 0.3 or '8/255', got {self.eps!r}")
+        if self.norm == "linf" and high - low < radius < math.inf:
+            warnings.warn(
+                f"eps {self.eps!r} is more than the whole range of pixels, {high - low:g}: meant '{self.eps}/255'?",
+                stacklevel=3,
+            )
         object.__setattr__(self, "box", (float(low), float(high)))
         object.__setattr__(self, "_radius", radius)
 

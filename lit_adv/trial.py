@@ -91,6 +91,9 @@ class Trial:
 
     def add(self, batch: Batch) -> None:
         """Take images on; they are attacked as soon as a pool of them waits."""
+        if not len(batch.image) == len(batch.label) == len(batch.index) or batch.label.dim() != 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in batch)
+            raise ValueError(f"a batch must hold images (n, C, H, W), labels (n,) and places (n,), got shapes {shapes}")
         batch = self._within_limit(batch)
         known = self._recall(batch)
         self.bar.update(int(known.sum()))
@@ -190,7 +193,8 @@ class Trial:
         """Labels must be classes of the model."""
         if self._classes and len(y) and not 0 <= int(y.min()) <= int(y.max()) < self._classes:
             raise ValueError(
-                f"labels must be classes 0 to {self._classes - 1} of the model, got {int(y.min())} to {int(y.max())}"
+                f"labels must be classes 0 to {self._classes - 1} of the model, got {int(y.min())} to {int(y.max())}: "
+                "give class indices, and the data the model was trained on"
             )
 
     def _look_first(self, x: Tensor) -> None:
@@ -325,6 +329,8 @@ class Trial:
 
     def _notes(self, records: Records) -> list[str]:
         notes = []
+        if self.protocol.budget is not None and not int(records.queries.sum()) and bool(records.clean_correct.any()):
+            notes.append(f"the budget of {self.protocol.budget} queries covers no step: nothing was tried")
         interval = wilson(int(records.clean_correct.sum()), len(records))
         classes = self._classes or self.num_classes or (int(records.label.max()) + 1 if len(records) else 0)
         if interval is not None and classes and interval.high < 1.5 / classes:

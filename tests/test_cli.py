@@ -183,3 +183,31 @@ def test_two_processes_train_one_network_and_count_every_image_once(tmp_path: Pa
     data.setup("fit")
     right = sum(int((network(b.image).argmax(1) == b.label).sum()) for b in data.val_dataloader())
     assert keeper["best_model_score"].item() == pytest.approx(right / 101, abs=1e-6)
+
+
+def test_a_flag_cut_short_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, train_main, "fit", "--config", STANDARD, "--trainer.max_epoch=3")
+    assert "there is no key trainer.max_epoch; did you mean trainer.max_epochs?" in told
+
+
+def test_a_network_of_other_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = str(CONFIGS / "evaluate" / "digits.yaml")
+    network = ["--model.module=lit_adv.models.DigitsNet", "--model.module.num_classes=5"]
+    told = refused(capsys, evaluate_main, "--config", evaluation, *network)
+    assert "DigitsNet answers 5 classes and the data set has 10" in told
+
+
+def test_a_place_that_cannot_be_written_is_told_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(
+        capsys, train_main, "fit", "--config", STANDARD, "--save_as=/proc/nowhere/x.ckpt", "--epochs=1", *QUIET
+    )
+    assert "save_as /proc/nowhere/x.ckpt" in told
+
+
+def test_a_misspelt_argument_of_the_threat_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attack = yaml.safe_load((CONFIGS / "attack" / "pgd_linf_digits.yaml").read_text())
+    attack["init_args"]["attack"]["init_args"]["threat"]["epps"] = 3
+    config = {"data": str(CONFIGS / "data" / "digits.yaml"), "trainer": {"callbacks": [attack]}}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(config))
+    told = refused(capsys, evaluate_main, "--config", "e.yaml", "--model.module=lit_adv.models.DigitsNet")
+    assert "threat has no argument epps; did you mean eps?" in told

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adv.attack import IterativeAttack, Search, State
+from lit_adv.attack import IterativeAttack, Search, State, check_threat
 from lit_adv.losses import Loss, hinge
 from lit_adv.oracle import Access
 from lit_adv.threat import ThreatModel
@@ -242,6 +242,7 @@ def _check(
     check_every: int,
     latent: int,
 ) -> None:
+    check_threat(threat)
     if threat.norm not in ("linf", "l2"):
         raise ValueError(f"NAttack has rules for linf and l2, got norm {threat.norm!r}")
     if steps < 1 or block < 1 or check_every < 1 or latent < 1:

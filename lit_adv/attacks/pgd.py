@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_adv.attack import IterativeAttack, Search, State
+from lit_adv.attack import IterativeAttack, Search, State, check_threat
 from lit_adv.draws import Draws
 from lit_adv.estimator import GradientEstimator
 from lit_adv.estimators.autograd import Autograd
@@ -65,7 +65,8 @@ class PGD(IterativeAttack):
         stop_at_hit: bool = True,
         seed: int = 0,
     ) -> None:
-        if steps < 1 or restarts < 1:
+        check_threat(threat)
+        if steps < 1 or restarts < 1 or steps != int(steps):
             raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
         if step_size is not None and not step_size >= 0:
             raise ValueError(f"step_size must be >= 0 in pixel units, or None for 2.5 eps / steps, got {step_size}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lit_adv.cli import EvaluateCLI, train_main
+from lit_adv.cli import EvaluateCLI, quiet, train_main
 from lit_adv.report import Outcome, Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,8 @@ def attack(config: str, weights: Path, folder: Path, images: int) -> Report:
     """Attack one classifier on test images."""
     words = ["--config", str(CONFIGS / "evaluate" / "digits.yaml"), f"--model.checkpoint={weights}"]
     words += [f"--trainer.default_root_dir={folder}", f"--name=attacks_{config}", f"--data.max_test={images}"]
-    report = EvaluateCLI(words).attack()
+    with quiet():
+        report = EvaluateCLI(words).attack()
     assert report is not None  # the demo runs in one process
     return report
 

@@ -1,8 +1,11 @@
 """Classification, defended or not."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from lit_adv.answers import check_answer
 from lit_adv.datamodules import Batch
 from lit_adv.tasks.task import MeanPerImage, Task
 
@@ -13,8 +16,24 @@ class Classification(Task):
     A refused image (a detector's further column) counts as classified wrongly. Arguments are those of ``Task``.
     """
 
+    _sound = False  # whether the network's answers have been looked at
+
+    def _check(self, logits: Any, images: int) -> None:
+        """Refuse, at the first batch, what is no classifier of this data."""
+        check_answer(logits, images, "logits", self.model)
+        known = getattr(getattr(self._trainer, "datamodule", None), "num_classes", None)
+        classes = logits.shape[1] - (getattr(self.model, "reject", None) is not None)
+        if known and classes != known:
+            raise ValueError(
+                f"{type(self.model).__name__} answers {classes} classes and the data set has {known}: choose the data "
+                "the model was trained on, or set num_classes"
+            )
+        self._sound = True
+
     def _measure(self, stage: str, batch: Batch) -> None:
         logits = self.model(batch.image)
+        if not self._sound:
+            self._check(logits, len(batch.label))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         values = {
             "loss": F.cross_entropy(wide, batch.label, reduction="none"),

@@ -299,7 +299,7 @@ def test_two_processes_make_the_records_of_one(trained: Path, tmp_path: Path) ->
         sys.executable, str(ROOT / "evaluate.py"), f"--model.checkpoint={trained}",
         f"--data={ROOT}/configs/data/digits.yaml", "--data.max_test=41", "--data.batch_size=4",
         f"--trainer={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2",
-        "--trainer.enable_progress_bar=false", "--report=out", "--name=pair",
+        "--trainer.enable_progress_bar=false", "--name=pair",
         f"--trainer.callbacks+={ROOT}/configs/attack/pgd_linf_digits.yaml", *threat,
         f"--trainer.callbacks+={ROOT}/configs/attack/nattack_linf_digits.yaml", *threat,
         "--trainer.callbacks.budget=100", "--trainer.callbacks.max_samples=23",
@@ -315,7 +315,7 @@ def test_two_processes_make_the_records_of_one(trained: Path, tmp_path: Path) ->
     trainer = Trainer(**QUIET, callbacks=alone)
     trainer.test(Classification(network(trained)), digits(max_test=41, batch_size=4), verbose=False)
     for callback, count in zip(alone, (41, 23), strict=True):
-        with (tmp_path / "out" / f"records_{callback.name}.csv").open() as file:
+        with (tmp_path / "runs" / "pair" / "version_0" / f"records_{callback.name}.csv").open() as file:
             records = Records.from_rows(list(csv.DictReader(file)))
         assert len(records) == count
         assert_same(records, found(callback))
