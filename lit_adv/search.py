@@ -189,7 +189,10 @@ class Search:
         if check:
             self.checks[state.rows] += self.oracle.queries[state.rows] - before
         if candidate:
-            self._offer(x.detach(), answer.detach(), state, before, asked)
+            each = 1 if x.requires_grad else self.oracle.answers
+            order = torch.arange(1, (x.shape[1] if x.dim() == 5 else 1) + 1, device=x.device).expand(len(x), -1)
+            spent = before[:, None] + each * (order if asked is None else asked.cumsum(1))
+            self._offer(x.detach(), answer.detach(), state, spent)
         return answer
 
     def _rounded(self, x: Tensor, state: State) -> Tensor:
@@ -234,10 +237,10 @@ class Search:
                 )
         return answer
 
-    def _offer(self, x: Tensor, answer: Tensor, state: State, before: Tensor, asked: Tensor | None) -> None:
+    def _offer(self, x: Tensor, answer: Tensor, state: State, spent: Tensor) -> None:
         """Keep the first (or nearest) adversarial candidate of each row.
 
-        Shape: x (n, [s,] C, H, W), answer scores (n, [s,] K) or labels (n, [s]), before (n,), asked (n, s).
+        Shape: x (n, [s,] C, H, W), answer scores (n, [s,] K) or labels (n, [s]), spent (n, s): queries up to each.
         """
         x = x if x.dim() == 5 else x.unsqueeze(1)
         samples = x.shape[1]
@@ -253,10 +256,6 @@ class Search:
             hit = hit & (answer.view(len(x), samples) >= 0)
         found = hit.any(1).nonzero().squeeze(1)
         if len(found):
-            order = (
-                torch.arange(1, samples + 1, device=x.device).expand(len(x), -1) if asked is None else asked.cumsum(1)
-            )
-            spent = before[:, None] + order * self.oracle.answers
             self._keep(x[found], hit[found], state[found], spent[found])
 
     def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor) -> None:
