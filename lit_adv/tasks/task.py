@@ -1,5 +1,6 @@
 """What all tasks share: one model, one objective, an optimiser and a schedule, clean metrics."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class MeanPerImage(Metric):
         return dim_zero_cat(self.value)[order][first].double().mean().float()
 
 
-class Task(LightningModule):
+class Task(LightningModule, ABC):
     """Trains one network or defence, its attribute ``model``, by an objective.
 
     Logs train/loss and what the objective reports (train/accuracy where it looks at clean images), val/loss,
@@ -135,8 +136,9 @@ class Task(LightningModule):
         """Loss and accuracy on clean test images."""
         self._measure("test", batch)
 
+    @abstractmethod
     def _measure(self, stage: str, batch: Batch) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must define _measure(stage, batch)")
+        """Log what the task counts on clean images of a stage, "val" or "test"."""
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the trainable parameters of the model, with its schedule."""
