@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lit_adv.answers import evaluating
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.result import AttackResult
-from lit_adv.search import Search, State
+from lit_adv.search import Search
+from lit_adv.state import State
 from lit_adv.threat import ThreatModel
 
 __all__ = ["Attack", "AttackResult", "IterativeAttack", "Search", "State"]
@@ -92,10 +93,12 @@ class IterativeAttack(Attack):
     Attributes:
         steps: most steps of a row in one start.
         restarts: starts of a row, while it is unbroken.
-        minimizes_distance: False: a row ends at its first hit. True: the nearest hit is kept.
+        minimizes_distance: the nearest hit is kept. With ``stop_at_hit`` and a finite radius a row ends all the same
+            as soon as a hit lies within it.
         stop_at_hit: False, for a paper's tables: run all steps and keep the last hit; the first is noted all the same.
         needs_whole_step: False where every sample of a step is a candidate by itself, so that a budget that ends
             within a step is spent to the last query.
+        looks_first: it begins elsewhere than at the clean image, so in a bare call that is asked about before.
     """
 
     steps: int
@@ -103,6 +106,7 @@ class IterativeAttack(Attack):
     minimizes_distance: bool = False
     stop_at_hit: bool = True
     needs_whole_step: bool = True
+    looks_first: bool = False
 
     @abstractmethod
     def start(self, search: Search, rows: Tensor) -> State:
@@ -113,8 +117,8 @@ class IterativeAttack(Attack):
         """One step of every row; a row's own step number is ``state.t``."""
 
     @abstractmethod
-    def cost(self, shape: torch.Size, state: State | None = None) -> int:
-        """Images each row may ask about in its next step; without a state the typical number."""
+    def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
+        """Images each row may ask about in its next pass, one number or (n,); without a state the typical number."""
 
     def __call__(
         self,
@@ -164,10 +168,11 @@ class IterativeAttack(Attack):
             return self._run(search, torch.arange(len(x), device=x.device))
 
     def _run(self, search: Search, waiting: Tensor) -> AttackResult:
+        waiting = search.look(waiting)
         state = self.start(search, waiting[:0])
-        each = max(1, self.cost(search.x0.shape[1:]))
+        each = max(1, int(self.cost(search.x0.shape[1:])))
         while len(state) or len(waiting):
-            room = max(1, search.oracle.chunk // each) - len(state)  # rows whose queries fill one forward
+            room = self._room(search, state, each)
             if room > 0 and len(waiting):
                 state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
             state, anew = search.retire(state)
@@ -177,6 +182,16 @@ class IterativeAttack(Attack):
                 state = self.step(search, state)
                 state.t = state.t + (~state.inside).long()
         return search.result()
+
+    def _room(self, search: Search, state: State, each: int) -> int:
+        """How many more rows fill one forward; never more than it holds images."""
+        chunk = search.oracle.chunk
+        if not len(state):
+            return max(1, chunk // each)
+        used = self.cost(search.x0.shape[1:], state)
+        if not isinstance(used, Tensor):
+            return max(1, chunk // each) - len(state)
+        return min((chunk - int(used.sum())) // each, chunk - len(state))
 
     def perturb(
         self,

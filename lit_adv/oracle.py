@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_adv.answers import Output, check_answer, check_finite, dtype_of, label_of
 from lit_adv.chunk import Chunk
 from lit_adv.defense import Defense
+from lit_adv.differentiable import Differentiable
 from lit_adv.draws import Draws
 
 Surrogate = str | Callable[[Tensor], Tensor]
@@ -57,6 +58,7 @@ class QueryOracle:
         floor: smallest probability before the logarithm, where the model returns probabilities.
         index: places of the rows in their data set, for a random model's draws; default ``arange(rows)``.
         seed: of a random model's draws.
+        known_right: the caller knows that the clean images are classified rightly; nobody need look first.
 
     Raises:
         ValueError: an argument out of its range.
@@ -77,12 +79,11 @@ class QueryOracle:
         floor: float = 1e-30,
         index: Tensor | None = None,
         seed: int = 0,
+        known_right: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module from images to logits, not {type(model).__name__}: wrap it")
-        _check_numbers(budget, answers, confirm, floor, output)
+        _check_arguments(model, budget, answers, confirm, floor, output)
         self.model, self.access, self.budget = model, Access(access), budget
-        self.fast, self.output, self.floor, self.seed = fast, output, floor, seed
+        self.fast, self.output, self.floor, self.seed, self.known_right = fast, output, floor, seed, known_right
         tensors = [*model.parameters(), *model.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.dtype = dtype_of(model)
@@ -169,7 +170,7 @@ class QueryOracle:
         elif self.direct:
             answer = self._checked(self._differentiated(flat, draws), len(flat))
         else:
-            answer = _Differentiable.apply(flat, self, draws)
+            answer = Differentiable.apply(flat, self, draws)
         answer = self._as_scores(answer)
         if not self.direct:
             self.nonfinite += answer.detach().isnan().any(-1).sum()
@@ -285,78 +286,6 @@ class QueryOracle:
         return answer
 
 
-class _Differentiable(torch.autograd.Function):
-    """The surrogate in forwards of ``chunk`` images whose graphs never stand side by side.
-
-    A single chunk keeps its graph and costs one forward and one backward. Several are run without grad and again,
-    one by one, in the backward pass, so that memory is bounded by the chunk; running out of it halves the chunk.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, oracle: QueryOracle, draws: Draws | None) -> Tensor:
-        ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
-        if len(flat) <= oracle.chunk:
-            try:
-                begun = oracle._now(flat.device)
-                ctx.graph = _graph(oracle, flat, draws)
-                ctx.seconds = oracle._now(flat.device) - begun
-                return ctx.graph[1].detach()
-            except torch.OutOfMemoryError:
-                oracle.chunk_tuner.halve()
-        return oracle._in_chunks(oracle._differentiated, flat, draws)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        oracle, flat = ctx.oracle, ctx.flat
-        if ctx.graph is not None:
-            leaf, answer = ctx.graph
-            ctx.graph = None
-            try:
-                begun = oracle._now(flat.device)
-                gradient = _gradient(oracle, answer, leaf, grad_output)
-                oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun)
-                return gradient, None, None
-            except torch.OutOfMemoryError:
-                del leaf, answer
-                oracle.chunk_tuner.halve()
-        gradient = torch.empty_like(flat)
-        done = 0
-        while done < len(flat):
-            part = slice(done, min(done + oracle.chunk, len(flat)))
-            keyed = ctx.draws and ctx.draws[torch.arange(part.start, part.stop, device=flat.device)]
-            try:
-                leaf, answer = _graph(oracle, flat[part], keyed)
-                gradient[part] = _gradient(oracle, answer, leaf, grad_output[part])
-            except torch.OutOfMemoryError:
-                oracle.chunk_tuner.halve()
-                continue
-            done = part.stop
-        return gradient, None, None
-
-
-def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
-    if not answer.requires_grad:
-        raise _no_gradient(oracle)
-    return leaf, answer
-
-
-def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
-    if gradient is None:
-        raise _no_gradient(oracle)
-    return gradient
-
-
-def _no_gradient(oracle: QueryOracle) -> ValueError:
-    return ValueError(
-        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the images: it detaches or "
-        "rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
-    )
-
-
 def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:
     if surrogate is None:
         return getattr(model, "surrogate", model)
@@ -368,7 +297,11 @@ def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[...
     return method
 
 
-def _check_numbers(budget: int | None, answers: int, confirm: int | None, floor: float, output: str) -> None:
+def _check_arguments(
+    model: Any, budget: int | None, answers: int, confirm: int | None, floor: float, output: str
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module from images to logits, not {type(model).__name__}: wrap it")
     if budget is not None and budget < 0:
         raise ValueError(f"budget must be a number of queries >= 0 per image or None, got {budget}")
     if answers < 1 or (confirm is not None and confirm < 1):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class AttackResult:
         iterations: (B,) int64, steps completed at the first hit, or in all.
         trace: (m, 4) float64: row, step, queries and distance at each hit kept.
         nonfinite: answers that held NaN and counted as no success.
+        counts: how often something worth knowing happened, and of how many times it could have.
     """
 
     x_adv: Tensor
@@ -34,6 +36,7 @@ class AttackResult:
     iterations: Tensor
     trace: Tensor
     nonfinite: int = 0
+    counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.success)
@@ -45,5 +48,7 @@ class AttackResult:
         place[rows] = torch.arange(len(rows), device=rows.device)
         trace = self.trace.clone()
         trace[:, 0] = place.to(trace.device)[trace[:, 0].long()].to(trace.dtype)
-        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("trace", "nonfinite")}
-        return AttackResult(**tensors, trace=trace[trace[:, 0] >= 0], nonfinite=self.nonfinite)
+        whole = ("trace", "nonfinite", "counts")
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in whole}
+        trace = trace[trace[:, 0] >= 0]
+        return AttackResult(**tensors, trace=trace, nonfinite=self.nonfinite, counts=self.counts)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,63 +13,7 @@ from lit_adv.draws import Draws
 from lit_adv.losses import is_adversarial
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.result import AttackResult
-from lit_adv.threat import ThreatModel
-
-
-class Rules(Protocol):
-    """What a search must know of its attack; see :class:`lit_adv.attack.IterativeAttack`."""
-
-    threat: ThreatModel
-    access: Access
-    seed: int
-    steps: int
-    restarts: int
-    minimizes_distance: bool
-    stop_at_hit: bool
-    needs_whole_step: bool
-
-    def cost(self, shape: torch.Size, state: State | None = None) -> int:
-        """Images each row may ask about in its next step."""
-        ...
-
-
-@dataclass(kw_only=True)
-class State:
-    """The rows under attack at present, one entry per row in every tensor field; subclasses add fields.
-
-    ``state[keep]`` selects rows and ``state + other`` joins them, so every field has one shape for all rows.
-
-    Attributes:
-        x: (n, C, H, W) the current candidates. x0: the clean images. y: (n,) labels. target: (n,) or None.
-        rows: (n,) places in the caller's batch. t: (n,) each row's own step number.
-        done: (n,) bool, the attack has no more to try. inside: (n,) bool, in the midst of a step (between blocks
-            of a population): the step number stays.
-    """
-
-    x: Tensor
-    x0: Tensor
-    y: Tensor
-    target: Tensor | None
-    rows: Tensor
-    t: Tensor
-    done: Tensor
-    inside: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, keep: Tensor) -> Self:
-        return replace(self, **{name: value[keep] for name, value in self._tensors()})
-
-    def __add__(self, other: Self) -> Self:
-        if not len(self):
-            return other
-        theirs = dict(other._tensors())
-        return replace(self, **{name: torch.cat([value, theirs[name]]) for name, value in self._tensors()})
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        pairs = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+from lit_adv.state import Rules, State
 
 
 class Search:
@@ -111,6 +55,7 @@ class Search:
         self.checks = torch.zeros_like(self.restart)
         self._earlier = torch.zeros_like(self.restart)  # steps of the restarts before this one
         self._trace: list[Tensor] = []
+        self._counts: dict[str, tuple[Tensor, int]] = {}
 
     def fresh(self, rows: Tensor) -> dict[str, Any]:
         """The fields that every state has, for rows that begin at their clean image."""
@@ -140,20 +85,20 @@ class Search:
         x: Tensor,
         state: State,
         candidate: bool = True,
-        check: bool = False,
+        check: bool | Tensor = False,
         asked: Tensor | None = None,
     ) -> Tensor:
         """Scores of images of the state's rows, offered as candidates on the way.
 
         Args:
             candidate: False where the paper's schedule does not look at these images, or they are no images.
-            check: the images stand outside the paper's arithmetic of queries.
+            check: the images (or those of a mask like ``asked``) stand outside the paper's arithmetic of queries.
             asked: (n, s) bool, False for places to leave out. Where the budget does not cover all samples of a
                 row, its last ones are left out too. What was left out answers NaN.
 
-        Shape: x (n, C, H, W) or (n, s, C, H, W) -> (n, K) or (n, s, K).
+        Shape: x (n, C, H, W) or (n, s, C, H, W), or packed: with ``asked``, its m images alone, row by row,
+            (m, C, H, W) -> (n, K) or (n, s, K).
         """
-        x = self._rounded(x, state) if candidate else x
         return self._ask(self.oracle.scores, x, state, candidate, check, asked)
 
     def label(
@@ -161,14 +106,13 @@ class Search:
         x: Tensor,
         state: State,
         candidate: bool = True,
-        check: bool = False,
+        check: bool | Tensor = False,
         asked: Tensor | None = None,
     ) -> Tensor:
         """Decisions on images of the state's rows, offered as candidates; arguments as :meth:`scores`.
 
-        Shape: x (n, C, H, W) or (n, s, C, H, W) -> (n,) or (n, s); -1 for what was left out.
+        Shape: x as for :meth:`scores` -> (n,) or (n, s); -1 for what was left out.
         """
-        x = self._rounded(x, state) if candidate else x
         return self._ask(self.oracle.label, x, state, candidate, check, asked)
 
     def _ask(
@@ -177,50 +121,70 @@ class Search:
         x: Tensor,
         state: State,
         candidate: bool,
-        check: bool,
+        check: bool | Tensor,
         asked: Tensor | None,
     ) -> Tensor:
+        x = self._rounded(x, state, asked) if candidate else x
         if not self.watch:
-            return self._checked(ask(x, state.rows), state)
+            answer = ask(x, state.rows) if asked is None else self._ask_some(ask, x, state, asked, asked)
+            return self._checked(answer, state)
         before = self.oracle.queries[state.rows]
-        asked = self._affordable(x, state, asked)
-        answer = ask(x, state.rows) if asked is None else self._ask_some(ask, x, state, asked)
+        paid = self._affordable(x, state, asked)
+        answer = ask(x, state.rows) if paid is None else self._ask_some(ask, x, state, asked, paid)
         self._checked(answer, state)
-        if check:
+        if isinstance(check, Tensor):
+            known = check if paid is None else check & paid
+            self.checks[state.rows] += known.sum(1) * (1 if x.requires_grad else self.oracle.answers)
+        elif check:
             self.checks[state.rows] += self.oracle.queries[state.rows] - before
         if candidate:
             each = 1 if x.requires_grad else self.oracle.answers
-            order = torch.arange(1, (x.shape[1] if x.dim() == 5 else 1) + 1, device=x.device).expand(len(x), -1)
-            spent = before[:, None] + each * (order if asked is None else asked.cumsum(1))
-            self._offer(x.detach(), answer.detach(), state, spent)
+            order = torch.arange(1, (x.shape[1] if x.dim() == 5 else 1) + 1, device=x.device).expand(len(state), -1)
+            spent = before[:, None] + each * (order if paid is None else paid.cumsum(1))
+            self._offer(x.detach(), answer.detach(), state, spent, asked)
         return answer
 
-    def _rounded(self, x: Tensor, state: State) -> Tensor:
+    def _rounded(self, x: Tensor, state: State, asked: Tensor | None) -> Tensor:
         if self.threat.levels is None or not self.watch:
             return x
-        exact = self.threat.quantize(x.detach(), state.x0, self.threat.levels)
+        x0 = state.x0 if asked is None or x.dim() == 5 else state.x0[asked.nonzero()[:, 0]]
+        exact = self.threat.quantize(x.detach(), x0, self.threat.levels)
         return x + (exact - x).detach() if x.requires_grad else exact
 
     def _affordable(self, x: Tensor, state: State, asked: Tensor | None) -> Tensor | None:
         """Which samples to send: those asked for that the budget covers; None for all."""
-        if self.oracle.budget is None or x.dim() == 4:
+        if self.oracle.budget is None or (x.dim() == 4 and asked is None):
             return asked
         left = self.oracle.remaining(state.rows)
-        if int(left.min()) >= x.shape[1]:
+        samples = x.shape[1] if asked is None else asked.shape[1]
+        if int(left.min()) >= samples:
             return asked
-        wanted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if asked is None else asked
+        wanted = torch.ones(len(x), samples, dtype=torch.bool, device=x.device) if asked is None else asked
         covered = wanted & (wanted.cumsum(1) <= left[:, None])
         return asked if bool((covered == wanted).all()) else covered
 
-    def _ask_some(self, ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, state: State, asked: Tensor) -> Tensor:
-        if not asked.any():
+    def _ask_some(
+        self,
+        ask: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        state: State,
+        asked: Tensor | None,
+        paid: Tensor,
+    ) -> Tensor:
+        """Answers for the samples that are ``paid``, blanks elsewhere; ``x`` may hold those ``asked`` alone."""
+        if not paid.any():
             if ask == self.oracle.label:
-                return torch.full_like(asked, -1, dtype=torch.int64)
-            return x.new_full((*asked.shape, self._classes or 1), torch.nan)
-        flat = ask(x[asked], state.rows[:, None].expand_as(asked)[asked])
+                return torch.full_like(paid, -1, dtype=torch.int64)
+            return x.new_full((*paid.shape, self._classes or 1), torch.nan)
+        if x.dim() == 5:
+            images = x[paid]
+        else:
+            assert asked is not None
+            images = x if paid is asked else x[paid[asked]]
+        flat = ask(images, state.rows[:, None].expand_as(paid)[paid])
         blank = torch.nan if flat.is_floating_point() else -1
-        answer = flat.new_full((*asked.shape, *flat.shape[1:]), blank)
-        answer[asked] = flat
+        answer = flat.new_full((*paid.shape, *flat.shape[1:]), blank)
+        answer[paid] = flat
         return answer
 
     def _checked(self, answer: Tensor, state: State) -> Tensor:
@@ -237,26 +201,22 @@ class Search:
                 )
         return answer
 
-    def _offer(self, x: Tensor, answer: Tensor, state: State, spent: Tensor) -> None:
+    def _offer(self, x: Tensor, answer: Tensor, state: State, spent: Tensor, asked: Tensor | None) -> None:
         """Keep the first (or nearest) adversarial candidate of each row.
 
-        Shape: x (n, [s,] C, H, W), answer scores (n, [s,] K) or labels (n, [s]), spent (n, s): queries up to each.
+        Shape: x (n, [s,] C, H, W) or packed by ``asked``, answer scores (n, [s,] K) or labels (n, [s]),
+            spent (n, s): queries up to each.
         """
-        x = x if x.dim() == 5 else x.unsqueeze(1)
-        samples = x.shape[1]
         scored = answer.is_floating_point()
         labels = answer.argmax(-1) if scored else answer
-        hit = is_adversarial(labels, state.y, state.target, self.reject).view(len(x), samples)
+        hit = is_adversarial(labels, state.y, state.target, self.reject).view(spent.shape)
         if not hit.any():
             return
-        if scored:
-            known = ~answer.isnan().any(-1).view(len(x), samples)
-            hit = hit & known
-        else:
-            hit = hit & (answer.view(len(x), samples) >= 0)
+        known = ~answer.isnan().any(-1) if scored else answer >= 0
+        hit = hit & known.view(hit.shape)
         found = hit.any(1).nonzero().squeeze(1)
         if len(found):
-            self._keep(x[found], hit[found], state[found], spent[found])
+            self._keep(_unpacked(x, found, len(state), asked), hit[found], state[found], spent[found])
 
     def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor) -> None:
         flat, samples = x.flatten(0, 1), x.shape[1]
@@ -264,7 +224,7 @@ class Search:
         hit = hit & self.threat.in_box(flat).view(hit.shape)  # what is no image is no adversarial image
         distance = self.threat.distance(flat, x0).view(hit.shape).masked_fill(~hit, torch.inf)
         valid = hit & self.threat.within(flat, x0).view(hit.shape)
-        if self.attack.minimizes_distance:
+        if self._keeps_nearest:
             place = distance.argmin(1)
         else:  # the earliest valid one; where none is, the nearest outside
             place = torch.where(valid.any(1), valid.int().argmax(1), distance.argmin(1))
@@ -288,7 +248,7 @@ class Search:
         self._record(x, rows, t, near, valid, spent)
 
     def _better(self, distance: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
-        if self.attack.minimizes_distance:
+        if self._keeps_nearest:
             return (distance < self.distance[rows]) & (valid | ~self.success[rows])
         return (valid | (~self.success[rows] & (distance < self.distance[rows]))) & ~(
             self.success[rows] & self.attack.stop_at_hit
@@ -304,11 +264,42 @@ class Search:
         self.success[first] = True
         self._trace.append(torch.stack([v.double() for v in (rows, t, spent, distance)], 1))
 
+    @property
+    def _keeps_nearest(self) -> bool:
+        """Whether rows go on after a hit within the radius, for a nearer one."""
+        nearest = self.attack.minimizes_distance
+        return nearest and not (self.attack.stop_at_hit and math.isfinite(self.threat.radius))
+
     def won(self, state: State) -> Tensor:
         """Rows that are about to leave because they have won, (n,) bool."""
-        if not self.watch or not self.attack.stop_at_hit or self.attack.minimizes_distance:
+        if not self.watch or not self.attack.stop_at_hit or self._keeps_nearest:
             return torch.zeros_like(state.done)
         return self.success[state.rows]
+
+    def count(self, name: str, happened: Tensor) -> None:
+        """Note for the report how often something happened, of all the times it could have: a bool mask."""
+        if self.watch:
+            before, times = self._counts.get(name, (happened.new_zeros((), dtype=torch.int64), 0))
+            self._counts[name] = before + happened.sum(), times + happened.numel()
+
+    def look(self, rows: Tensor) -> Tensor:
+        """Ask about clean images before the attack, as a check; those of ``rows`` that go on to be attacked.
+
+        One query each, where the budget covers it and the first step. Nothing is asked where the caller knows that
+        they are right at first, as an evaluation does.
+        """
+        if self.oracle.known_right or not self.attack.looks_first or not len(rows):
+            return rows
+        step = int(self.attack.cost(self.x0.shape[1:])) if self.attack.needs_whole_step else 1
+        paid = rows[self.oracle.remaining(rows) >= (1 + step if step > 1 else 1)]
+        ask = self.label if self.attack.access == Access.LABEL else self.scores
+        for part in torch.split(paid, self.oracle.chunk):
+            fields = self.fresh(part)
+            ask(fields["x"], State(**fields), check=True)
+        over = self.success[rows] & (self.attack.stop_at_hit or self.attack.minimizes_distance)
+        if over.any():
+            self._close(State(**self.fresh(rows[over])))
+        return rows[~over]
 
     def retire(self, state: State) -> tuple[State, Tensor]:
         """The rows that go on, and those to be started anew.
@@ -367,4 +358,18 @@ class Search:
             iterations=self.iterations,
             trace=torch.cat(self._trace) if self._trace else blank,
             nonfinite=int(self.oracle.nonfinite),
+            counts={name: (int(happened), times) for name, (happened, times) in self._counts.items()},
         )
+
+
+def _unpacked(x: Tensor, found: Tensor, rows: int, asked: Tensor | None) -> Tensor:
+    """The images of some rows, (f, s, C, H, W), from any of the forms in which they may be asked."""
+    if x.dim() == 5:
+        return x[found]
+    if asked is None:
+        return x[found].unsqueeze(1)
+    chosen = torch.zeros(rows, dtype=torch.bool, device=x.device)
+    chosen[found] = True
+    images = x.new_zeros(len(found), asked.shape[1], *x.shape[1:])
+    images[asked[found]] = x[chosen[asked.nonzero()[:, 0]]]
+    return images

@@ -251,7 +251,7 @@ class Trial:
         oracle = QueryOracle(
             self.model, len(x), protocol.granted, protocol.budget, self._chunk or protocol.chunk, protocol.surrogate,
             protocol.answers, protocol.confirm, _Bf16(self.model) if protocol.precision == "bf16" else None,
-            protocol.output, index=index, seed=self._seed,
+            protocol.output, index=index, seed=self._seed, known_right=True,
         )  # fmt: skip
         self._chunk = oracle.chunk_tuner
         pool = (x, y, index, target)

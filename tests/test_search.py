@@ -100,7 +100,7 @@ def test_without_stopping_the_first_hit_is_noted_and_the_last_kept() -> None:
 
 def test_minimum_norm_attacks_keep_the_nearest_hit() -> None:
     values = [[0.35, 0.3], [0.1, 0.1], [0.22, 0.21], [0.25, 0.1]]
-    result = Climb(values, WIDE, minimizes_distance=True)(Ramp(), grey(), zeros())
+    result = Climb(values, WIDE, minimizes_distance=True, stop_at_hit=False)(Ramp(), grey(), zeros())
     assert result.queries.tolist() == [8]
     assert result.first_hit.tolist() == [2]  # the nearest of its block
     torch.testing.assert_close(result.distance, torch.tensor([0.21], dtype=torch.float64))
@@ -300,3 +300,90 @@ def test_hits_of_a_stand_in_must_be_confirmed_by_the_model() -> None:
     result = Climb([[0.1], [0.15], [0.25]], WIDE)(QueryOracle(Ramp(), 1, fast=Ramp(0.42)), grey(), zeros())
     assert result.first_hit.tolist() == result.queries.tolist() == [5]  # 0.45 claimed, refuted; 0.55 claimed, confirmed
     torch.testing.assert_close(result.x_adv, grey(value=0.55))
+
+
+class Packed(Climb):
+    """Asks the same images as :class:`Climb`, handed over without those left out."""
+
+    def step(self, search: Search, state: State) -> State:
+        assert self.mask is not None
+        x = state.x0.unsqueeze(1) + self.values[state.t][:, :, None, None, None]
+        asked = torch.tensor(self.mask).expand(len(state), -1)
+        (search.label if self.by_label else search.scores)(x[asked], state, asked=asked)
+        state.x = x[:, -1]
+        return state
+
+
+@pytest.mark.parametrize("label", [False, True])
+@pytest.mark.parametrize("budget", [None, 1, 2, 3, 5])
+def test_packed_images_are_asked_and_offered_as_padded_ones(label: bool, budget: int | None) -> None:
+    values = [[0.1, 0.35, 0.05, 0.1], [0.12, 0.3, 0.22, 0.25]]
+    mask = [True, False, True, True]
+    x = grey(3, 0.3)
+    x[1] = 0.2
+    attacks = (Climb(values, WIDE, label, mask), Packed(values, WIDE, label, mask))
+    padded, packed = (attack(QueryOracle(Ramp(), 3, budget=budget), x, zeros(3)) for attack in attacks)
+    for record in ("success", "queries", "first_hit", "x_adv", "distance", "checks", "iterations", "trace"):
+        assert torch.equal(getattr(padded, record), getattr(packed, record)), record
+
+
+def test_single_samples_may_be_checks() -> None:
+    class Checking(Climb):
+        def step(self, search: Search, state: State) -> State:
+            x = state.x0.unsqueeze(1) + self.values[state.t][:, :, None, None, None]
+            search.scores(x, state, check=torch.tensor([True, False, False]).expand(len(state), -1))
+            state.x = x[:, -1]
+            return state
+
+    result = Checking([[0.0, 0.01, 0.02]] * 4, WIDE)(QueryOracle(Ramp(), 2, known_right=True), grey(2), zeros(2))
+    assert result.queries.tolist() == [13, 13]
+    assert result.checks.tolist() == [5, 5]  # one a step, and the last look
+    short = Checking([[0.0, 0.01, 0.02]] * 4, WIDE, needs_whole_step=False)
+    cut = short(QueryOracle(Ramp(), 2, budget=4, known_right=True), grey(2), zeros(2))
+    assert cut.queries.tolist() == [4, 4]
+    assert cut.checks.tolist() == [2, 2]
+
+
+def test_a_bare_call_looks_at_the_clean_image_first() -> None:
+    x = grey(3, 0.3)
+    x[1] = 0.7  # classified as 1 from the start
+    values = [[0.1], [0.15]]
+    elsewhere = Climb(values, WIDE, looks_first=True)
+    result = elsewhere(Ramp(), x, zeros(3))
+    assert result.success.tolist() == [False, True, False]
+    assert result.distance[1] == 0
+    assert result.queries.tolist() == [4, 1, 4]
+    assert result.checks.tolist() == [2, 1, 2]
+    assert result.first_hit[1] == 1
+    assert elsewhere(QueryOracle(Ramp(), 3, known_right=True), x, zeros(3)).queries.tolist() == [3, 1, 3]
+    assert elsewhere(QueryOracle(Ramp(), 3, budget=0), x, zeros(3)).queries.tolist() == [0, 0, 0]
+    told: list[int] = []
+    elsewhere(Ramp(), x, zeros(3), finished=lambda rows, ended: told.extend(rows.tolist()))
+    assert sorted(told) == [0, 1, 2]
+
+
+def test_what_was_counted_is_reported_as_a_share() -> None:
+    class Tallying(Climb):
+        def step(self, search: Search, state: State) -> State:
+            search.count("odd rows", state.rows % 2 == 1)
+            return super().step(search, state)
+
+    result = Tallying([[0.01]] * 5, WIDE)(Ramp(), grey(3), zeros(3))
+    assert result.counts == {"odd rows": (5, 15)}
+
+
+def test_rows_that_ask_little_make_room_for_more() -> None:
+    class Unequal(Climb):
+        widest = 0
+
+        def cost(self, shape: torch.Size, state: State | None = None) -> int | torch.Tensor:
+            return 4 if state is None else torch.ones_like(state.rows)
+
+        def step(self, search: Search, state: State) -> State:
+            self.widest = max(self.widest, len(state))
+            return super().step(search, state)
+
+    attack = Unequal([[0.01]] * 40, WIDE)
+    attack(QueryOracle(Ramp(), 30, chunk=8), grey(30), zeros(30))
+    assert attack.widest == 5  # 8 // 4 at first, then one more as long as 4 fit beside the rows' one each
+    assert attack.widest <= 8

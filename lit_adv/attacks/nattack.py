@@ -73,6 +73,8 @@ class NAttack(IterativeAttack):
         experiments: 600 steps, 300 samples, sigma^2 = 0.01, eta = 0.008.
     """
 
+    looks_first = True
+
     def __init__(
         self,
         threat: ThreatModel = ThreatModel("linf", 0.031),  # noqa: B008 - frozen

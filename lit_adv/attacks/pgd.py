@@ -76,6 +76,7 @@ class PGD(IterativeAttack):
             raise ValueError("step_size must be given where eps is inf")
         self.threat, self.steps, self.step_size = threat, steps, step_size
         self.random_start, self.restarts, self.loss, self.decay = random_start, restarts, loss, decay
+        self.looks_first = random_start
         self.estimator, self.stop_at_hit, self.seed = estimator, stop_at_hit, seed
         self.access = Access.GRADIENT if estimator.needs_gradient else Access.PROBS
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from contracts.nets import Counting, Recording, Small, decided, images, near_boundary, safe
+from torch import nn
 
 from lit_adv.attacks import NAttack
 from lit_adv.losses import hinge, margin
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.threat import ThreatModel
+
+
+def right(model: nn.Module, rows: int) -> QueryOracle:
+    """An oracle whose caller knows that the clean images are classified rightly."""
+    return QueryOracle(model, rows, known_right=True)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
 
@@ -21,7 +28,7 @@ def test_every_query_lies_in_ball_and_box(threat: ThreatModel, space: str) -> No
     x[0, 0, 0] = 0
     x[0, 1, 0] = 1
     model = Recording(safe()[0])
-    NAttack(threat, 3, 20, 0.1, 0.3, space=space)(model, x, torch.zeros(1, dtype=torch.int64))  # type: ignore[arg-type]
+    NAttack(threat, 3, 20, 0.1, 0.3, space=space)(right(model, 1), x, torch.zeros(1, dtype=torch.int64))  # type: ignore[arg-type]
     given = torch.cat(model.given)
     assert len(given) == 61
     assert given.min() >= 0
@@ -38,7 +45,7 @@ def test_the_start_moves_by_half_the_shrink_at_most(shrink: float, box: tuple[fl
     x[0, 0, 0, 0], x[0, 0, 0, 1] = box
     model = Recording(safe()[0])
     attack = NAttack(ThreatModel("linf", 0.5, box), 1, 4, init_std=0.0, shrink=shrink, schedule="mean")
-    attack(model, x, torch.zeros(1, dtype=torch.int64))
+    attack(right(model, 1), x, torch.zeros(1, dtype=torch.int64))
     moved = (model.given[0] - x).abs().amax()
     assert moved <= width * shrink / 2 + 1e-12
     assert moved >= 0.99 * width * shrink / 2
@@ -79,7 +86,7 @@ def test_released_schedule_costs_exactly_its_arithmetic(
     attack = NAttack(
         ThreatModel("linf", 0.01), steps, samples, schedule="mean", check_every=every, block=block, stop_at_hit=False
     )
-    result = attack(QueryOracle(model, 3, chunk=6), x, y)
+    result = attack(QueryOracle(model, 3, chunk=6, known_right=True), x, y)
     assert torch.equal(result.queries, model.seen)
     assert (result.queries - result.checks).tolist() == [samples * steps] * 3
     assert result.checks.tolist() == [tests + 1] * 3  # and the mean after the last update
@@ -102,7 +109,7 @@ def test_a_mean_that_wins_is_the_last_query(block: int) -> None:
     attack = NAttack(
         ThreatModel("linf", 3 * distance), 40, 20, 0.02, schedule="mean", check_every=2, block=block, loss=margin
     )
-    result = attack(QueryOracle(counter, 6), x, y)
+    result = attack(right(counter, 6), x, y)
     assert result.success.all()
     assert torch.equal(result.queries, result.first_hit)
     assert torch.equal(result.queries, counter.seen)
@@ -115,7 +122,9 @@ def test_a_mean_that_wins_is_the_last_query(block: int) -> None:
 def test_a_hit_stays_where_it_is_with_more_steps() -> None:
     x = images(8)
     y = decided(Small(), x)
-    short, long = (NAttack(ThreatModel("linf", 0.2), steps, 20, 0.05)(Small(), x, y) for steps in (6, 20))
+    short, long = (
+        NAttack(ThreatModel("linf", 0.2), steps, 20, 0.05)(right(Small(), len(x)), x, y) for steps in (6, 20)
+    )
     sampled = short.success & (short.checks == 0)  # not by the check of the mean at the end
     assert sampled.any()
     assert torch.equal(long.first_hit[sampled], short.first_hit[sampled])
@@ -127,7 +136,7 @@ def test_a_hit_stays_where_it_is_with_more_steps() -> None:
 def test_a_sample_that_wins_ends_the_row_in_its_block() -> None:
     x = images(8)
     y = decided(Small(), x)
-    result = NAttack(ThreatModel("linf", 0.2), 20, 20, 0.05, block=4)(Small(), x, y)
+    result = NAttack(ThreatModel("linf", 0.2), 20, 20, 0.05, block=4)(right(Small(), len(x)), x, y)
     won = result.success & (result.checks == 0)
     assert won.any()
     assert (result.queries[won] % 4 == 0).all()

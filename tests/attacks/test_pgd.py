@@ -92,7 +92,7 @@ def test_queries_are_steps_and_a_check() -> None:
     x = images(5)
     model = Counting(Small(), x)
     y = decided(Small(), x)
-    result = PGD(ThreatModel("linf", 1e-4), steps=7)(model, x, y)
+    result = PGD(ThreatModel("linf", 1e-4), steps=7)(QueryOracle(model, 5, known_right=True), x, y)
     assert not result.success.any()
     assert result.queries.tolist() == model.seen.tolist() == [8] * 5
     assert result.checks.tolist() == [1] * 5
@@ -247,7 +247,7 @@ def test_eot_costs_its_draws_and_beats_the_noise() -> None:
     model = Noisy(Small(), 4, 0.3)
     y = decided(Small(), x)
     attack = PGD(ThreatModel("linf", 0.3), steps=4, estimator=Autograd(5))
-    result = attack(QueryOracle(model, 6, budget=200), x, y)
+    result = attack(QueryOracle(model, 6, budget=200, known_right=True), x, y)
     assert attack.cost(x.shape[1:]) == 5
     assert (result.queries <= 200).all()
     assert (result.first_hit[result.success] >= 5 + 31).all()

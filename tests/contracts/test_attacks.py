@@ -26,7 +26,10 @@ from lit_adv.threat import ThreatModel
 pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "attack"
-MODEST = {"steps": 3, "samples": 12, "restarts": 2}  # enough for a tiny net
+MODEST = {
+    "steps": 3, "samples": 12, "restarts": 2, "population": 6, "particles": 6, "coordinates": 8, "search_steps": 2,
+    "init_tries": 5, "components": 6,
+}  # enough for a tiny net  # fmt: skip
 RECORDS = ("success", "queries", "checks", "first_hit", "iterations")
 FIVE = ThreatModel("linf", 0.05)
 

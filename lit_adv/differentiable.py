@@ -1,0 +1,85 @@
+"""The gradient of an oracle's answers, in memory bounded by the chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_adv.draws import Draws
+
+if TYPE_CHECKING:
+    from lit_adv.oracle import QueryOracle
+
+
+class Differentiable(torch.autograd.Function):
+    """The surrogate in forwards of ``chunk`` images whose graphs never stand side by side.
+
+    A single chunk keeps its graph and costs one forward and one backward. Several are run without grad and again,
+    one by one, in the backward pass, so that memory is bounded by the chunk; running out of it halves the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, oracle: QueryOracle, draws: Draws | None) -> Tensor:
+        ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
+        if len(flat) <= oracle.chunk:
+            try:
+                begun = oracle._now(flat.device)
+                ctx.graph = _graph(oracle, flat, draws)
+                ctx.seconds = oracle._now(flat.device) - begun
+                return ctx.graph[1].detach()
+            except torch.OutOfMemoryError:
+                oracle.chunk_tuner.halve()
+        return oracle._in_chunks(oracle._differentiated, flat, draws)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        oracle, flat = ctx.oracle, ctx.flat
+        if ctx.graph is not None:
+            leaf, answer = ctx.graph
+            ctx.graph = None
+            try:
+                begun = oracle._now(flat.device)
+                gradient = _gradient(oracle, answer, leaf, grad_output)
+                oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun)
+                return gradient, None, None
+            except torch.OutOfMemoryError:
+                del leaf, answer
+                oracle.chunk_tuner.halve()
+        gradient = torch.empty_like(flat)
+        done = 0
+        while done < len(flat):
+            part = slice(done, min(done + oracle.chunk, len(flat)))
+            keyed = ctx.draws and ctx.draws[torch.arange(part.start, part.stop, device=flat.device)]
+            try:
+                leaf, answer = _graph(oracle, flat[part], keyed)
+                gradient[part] = _gradient(oracle, answer, leaf, grad_output[part])
+            except torch.OutOfMemoryError:
+                oracle.chunk_tuner.halve()
+                continue
+            done = part.stop
+        return gradient, None, None
+
+
+def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
+    if not answer.requires_grad:
+        raise _no_gradient(oracle)
+    return leaf, answer
+
+
+def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
+    if gradient is None:
+        raise _no_gradient(oracle)
+    return gradient
+
+
+def _no_gradient(oracle: QueryOracle) -> ValueError:
+    return ValueError(
+        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the images: it detaches or "
+        "rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
+    )
