@@ -120,6 +120,10 @@ class IterativeAttack(Attack):
     def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
         """Images each row may ask about in its next pass, one number or (n,); without a state the typical number."""
 
+    def least(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
+        """Images a row must be able to pay for to begin its next pass; less, and the row ends. Default: its cost."""
+        return self.cost(shape, state)
+
     def __call__(
         self,
         oracle: QueryOracle | nn.Module,

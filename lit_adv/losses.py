@@ -61,6 +61,45 @@ def hinge(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int |
     return margin(scores, y, target, reject).clamp_max(0)
 
 
+def probability(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+    """Minus the probability of the true class, or plus that of the target; a refusal counts as the true class.
+
+    A softmax in float32 is 1 to the last digit where the network is sure: its differences are 0 there, as those of
+    :func:`cross_entropy` are not.
+
+    Shape: scores (n, [s,] K) -> (n, [s]).
+    """
+    shares = scores.softmax(-1)
+    if target is not None:
+        return _column(shares, target)
+    own = _column(shares, y)
+    return -own if reject is None else -(own + shares[..., reject])
+
+
+def rival(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+    """The class that a margin is taken against: the best wrong one, or the best other than the target.
+
+    Shape: scores (n, K) -> (n,) int64.
+    """
+    _, others = _split(scores, y if target is None else target, reject if target is None else None)
+    return others.argmax(-1)
+
+
+def margin_to(
+    rival: Tensor, scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None
+) -> Tensor:
+    """The margin against a class chosen beforehand: finite differences must not change sides between two probes.
+
+    Shape: rival (n,), scores (n, [s,] K) -> (n, [s]).
+    References: Bhagoji et al. 2018, https://arxiv.org/abs/1712.09491, section 3.1.3.
+    """
+    theirs = _column(scores, rival)
+    if target is not None:
+        return _column(scores, target) - theirs
+    own = _column(scores, y)
+    return theirs - (own if reject is None else torch.maximum(own, scores[..., reject]))
+
+
 def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
     """Difference of logits ratio: the margin, free of the logits' shift and scale.
 

@@ -290,7 +290,7 @@ class Search:
         """
         if self.oracle.known_right or not self.attack.looks_first or not len(rows):
             return rows
-        step = int(self.attack.cost(self.x0.shape[1:])) if self.attack.needs_whole_step else 1
+        step = int(self.attack.least(self.x0.shape[1:])) if self.attack.needs_whole_step else 1
         paid = rows[self.oracle.remaining(rows) >= (1 + step if step > 1 else 1)]
         ask = self.label if self.attack.access == Access.LABEL else self.scores
         for part in torch.split(paid, self.oracle.chunk):
@@ -323,8 +323,8 @@ class Search:
         return state[(~over).nonzero().squeeze(1)], anew.rows
 
     def _broke(self, state: State) -> Tensor:
-        cost = self.attack.cost(state.x.shape[1:], state) if self.attack.needs_whole_step else 1
-        return self.oracle.remaining(state.rows) < cost
+        least = self.attack.least(state.x.shape[1:], state) if self.attack.needs_whole_step else 1
+        return self.oracle.remaining(state.rows) < least
 
     def _check_last(self, ended: State) -> None:
         unsure = (self.oracle.remaining(ended.rows) > 0) & ended.done.logical_not()

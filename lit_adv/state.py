@@ -29,6 +29,10 @@ class Rules(Protocol):
         """Images each row may ask about in its next step."""
         ...
 
+    def least(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
+        """Images a row must be able to pay for to begin its next pass."""
+        ...
+
 
 @dataclass(kw_only=True)
 class State:

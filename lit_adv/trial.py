@@ -216,9 +216,9 @@ class Trial:
                 "choose the data the model was trained on"
             )
         attack, budget = self.protocol.attack, self.protocol.budget
-        if budget is not None and isinstance(attack, IterativeAttack) and budget < attack.cost(x.shape[1:]):
+        if budget is not None and isinstance(attack, IterativeAttack) and budget < int(attack.least(x.shape[1:])):
             warnings.warn(
-                f"{self.protocol.name}: a budget of {budget} is below one step: {attack.cost(x.shape[1:])} queries",
+                f"{self.protocol.name}: a budget of {budget} is below one step: {attack.least(x.shape[1:])} queries",
                 stacklevel=4,
             )
 

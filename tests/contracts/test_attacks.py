@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_adv.attack import Attack, AttackResult, IterativeAttack
 from lit_adv.attacks import PGD, NAttack
-from lit_adv.estimators import Autograd
+from lit_adv.estimators import NES, Autograd
 from lit_adv.losses import dlr, margin
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.threat import ThreatModel
@@ -60,6 +60,12 @@ MADE: dict[str, Callable[[], IterativeAttack]] = {
     "pgd_unbounded": lambda: PGD(ThreatModel("l2", "inf"), 5, 0.1),
     "pgd_8bit": lambda: PGD(ThreatModel("linf", 0.05, levels=255), 5),
     "mifgsm": lambda: PGD(FIVE, 5, random_start=False, decay=1.0, loss=dlr),
+    "pgd_nes": lambda: PGD(FIVE, 3, 0.02, False, estimator=NES(10, 0.01, block=4)),
+    "pgd_nes_one_block": lambda: PGD(FIVE, 3, 0.02, False, estimator=NES(6, 0.01, 0.5, "ball"), plateau=2),
+    "pgd_nes_l2": lambda: PGD(
+        ThreatModel("l2", 0.4), 3, restarts=2, loss=margin, kappa=0.0, estimator=NES(8, 0.01, 0.9, "box", 4)
+    ),
+    "pgd_noise": lambda: PGD(FIVE, 1, 0.03, False, noise=0.02),
     "pgd_eot": lambda: PGD(FIVE, 4, estimator=Autograd(3)),
     "nattack": lambda: NAttack(FIVE, 4, 20, 0.05, block=7),
     "nattack_all_steps": lambda: NAttack(FIVE, 3, 10, 0.05, block=4, stop_at_hit=False),
@@ -68,7 +74,7 @@ MADE: dict[str, Callable[[], IterativeAttack]] = {
 }
 FROM_FILES = {path.name: path for path in sorted(CONFIGS.glob("*.yaml"))}
 NAMES = [*MADE, *FROM_FILES]
-STOCHASTIC = {"random pgd": "pgd_eot", "random nattack": "nattack"}
+STOCHASTIC = {"random pgd": "pgd_eot", "random nattack": "nattack", "random nes": "pgd_nes"}
 
 
 def attack_of(name: str) -> Attack:
