@@ -327,7 +327,8 @@ class Search:
         return self.oracle.remaining(state.rows) < least
 
     def _check_last(self, ended: State) -> None:
-        unsure = (self.oracle.remaining(ended.rows) > 0) & ended.done.logical_not()
+        begun = (ended.t > 0) | ended.inside  # where no step could be paid nothing is spent
+        unsure = begun & (self.oracle.remaining(ended.rows) > 0) & ended.done.logical_not()
         if self.attack.stop_at_hit or self.attack.minimizes_distance:
             unsure &= ~self.success[ended.rows]
         if unsure.any():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_adv.losses import Loss, cross_entropy, dlr, hinge, is_adversarial, margin
+from lit_adv.losses import Loss, cross_entropy, dlr, hinge, is_adversarial, margin, margin_to, probability, rival
 
 LOSSES: list[Loss] = [cross_entropy, margin, hinge, dlr]
 
@@ -153,3 +153,28 @@ def test_no_rows(loss: Loss) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert loss(torch.zeros(0, 5), none, None, None).shape == (0,)
     assert loss(torch.zeros(0, 3, 5), none, None, None).shape == (0, 3)
+
+
+def test_probability_is_the_softmax_of_the_true_class() -> None:
+    scores = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, 0.0]], dtype=torch.float64)
+    y, target = torch.tensor([1, 0]), torch.tensor([2, 2])
+    exact = scores.exp() / scores.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(probability(scores, y), -exact[[0, 1], y])
+    torch.testing.assert_close(probability(scores, y, target), exact[[0, 1], target])
+    torch.testing.assert_close(probability(scores, y, None, 2), -(exact[[0, 1], y] + exact[:, 2]))
+    sure = torch.tensor([[60.0, 0.0, 0.0]])
+    assert probability(sure, torch.tensor([0])) == -1
+    assert cross_entropy(sure, torch.tensor([0])) > 0
+
+
+def test_a_margin_to_the_rival_is_the_margin_at_the_point_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(4, (20,), generator=generator)
+    for target in (None, (y + 1) % 4):
+        for reject in (None, 4):
+            best = rival(scores, y, target, reject)
+            torch.testing.assert_close(margin_to(best, scores, y, target, reject), margin(scores, y, target, reject))
+            assert bool((best != (y if target is None else target)).all())
+    samples = torch.stack([scores, scores.flip(1)], 1)
+    assert margin_to(rival(scores, y), samples, y).shape == (20, 2)
