@@ -228,7 +228,7 @@ class IterativeAttack(Attack):
             search = Search(self, oracle, x, y, target, index, watch=False)
             search.seed = seed
             state = self.start(search, torch.arange(len(x), device=x.device))
-            while int(state.t[0]) < self.steps if len(state) else False:
+            while int(state.t.min()) < self.steps if len(state) else False:
                 state = self.step(search, state)
                 state.t = state.t + (~state.inside).long()
         return state.x.detach()

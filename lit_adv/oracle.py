@@ -172,7 +172,7 @@ class QueryOracle:
         else:
             answer = Differentiable.apply(flat, self, draws)
         answer = self._as_scores(answer)
-        if not self.direct:
+        if not self.direct and answer.detach().sum().isnan():  # also where inf meets -inf: then none is counted
             self.nonfinite += answer.detach().isnan().any(-1).sum()
         return answer.view(*x.shape[:-3], answer.shape[-1])
 

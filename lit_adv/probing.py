@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,46 +54,48 @@ def probe(search: Search, state: ProbingState, estimator: ProbeEstimator, loss: 
         probes.clamp_(*search.threat.box)
     elif estimator.clip == "ball":
         probes.copy_(search.threat.project(probes, state.x0))
-    begins = state.phase == 0
-    asked = torch.cat([begins[:, None], blocks.numbers(state.phase) < blocks.total], 1)
     once = blocks.count == 1 and blocks.size == blocks.total
-    check = torch.zeros_like(asked)
-    check[:, 0] = True
-    scores = search.scores(images, state, check=check, asked=None if once else asked)
-    if begins.any():
-        _note_base(search, state, scores[:, 0], begins, loss)
-    values = _values(search, state, scores[:, 1:], loss)
-    total = state.total + estimator.gather(told, probes, values, state.x, state.value)
+    check = _first_column(len(state), blocks.size + 1, state.x.device)
+    begins = check[:, 0] if blocks.count == 1 else state.phase == 0
+    asked = None if once else torch.cat([begins[:, None], blocks.numbers(state.phase) < blocks.total], 1)
+    scores = search.scores(images, state, check=check, asked=asked)
+    values = _values(search, state, scores, begins, loss, blocks.count == 1)
+    gathered = estimator.gather(told, probes, values, state.x, state.value)
+    if blocks.count == 1:
+        gradient, state.memory = estimator.finish(gathered, state.x, state.memory)
+        return gradient, None
+    total = state.total + gathered
     state.phase = state.phase + 1
     complete = state.phase == blocks.count
     state.inside = ~complete
     gradient, memory = estimator.finish(total, state.x, state.memory)
-    if blocks.count == 1:
-        state.memory, state.total, state.phase = memory, torch.zeros_like(total), torch.zeros_like(state.phase)
-        return gradient, None
     state.memory = torch.where(_rows(complete, memory), memory, state.memory)
     state.total = torch.where(_rows(complete, total), 0.0, total)
     state.phase = torch.where(complete, 0, state.phase)
     return gradient, complete
 
 
-def _note_base(search: Search, state: ProbingState, scores: Tensor, begins: Tensor, loss: Loss) -> None:
-    """Remember the value at the point itself, and the class that margins are taken against."""
+def _values(search: Search, state: ProbingState, scores: Tensor, begins: Tensor, loss: Loss, all_begin: bool) -> Tensor:
+    """The loss of the probes; that of the point itself is remembered, and the class margins are taken against."""
     if scores.shape[-1] < 2:
-        return  # the budget covered nothing at all
+        return scores[:, 1:, 0]  # the budget covered nothing at all
     if loss is margin:
-        best = rival(scores.nan_to_num(-torch.inf), state.y, state.target, search.reject)
-        state.rival = torch.where(begins, best, state.rival)
-    value = loss(scores, state.y, state.target, search.reject).to(state.value.dtype)
-    state.value = torch.where(begins, value, state.value)
+        best = rival(scores[:, 0].nan_to_num(-torch.inf), state.y, state.target, search.reject)
+        state.rival = best if all_begin else torch.where(begins, best, state.rival)
+        values = margin_to(state.rival, scores, state.y, state.target, search.reject)
+    else:
+        values = loss(scores, state.y, state.target, search.reject)
+    value = values[:, 0].to(state.value.dtype)
+    state.value = value if all_begin else torch.where(begins, value, state.value)
+    return values[:, 1:]
 
 
-def _values(search: Search, state: ProbingState, scores: Tensor, loss: Loss) -> Tensor:
-    if scores.shape[-1] < 2:
-        return scores[..., 0]
-    if loss is margin:
-        return margin_to(state.rival, scores, state.y, state.target, search.reject)
-    return loss(scores, state.y, state.target, search.reject)
+@lru_cache(maxsize=64)
+def _first_column(rows: int, columns: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        mask[:, 0] = True
+        return mask
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

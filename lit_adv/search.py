@@ -132,16 +132,19 @@ class Search:
         paid = self._affordable(x, state, asked)
         answer = ask(x, state.rows) if paid is None else self._ask_some(ask, x, state, asked, paid)
         self._checked(answer, state)
+        each = 1 if x.requires_grad else self.oracle.answers
         if isinstance(check, Tensor):
             known = check if paid is None else check & paid
-            self.checks[state.rows] += known.sum(1) * (1 if x.requires_grad else self.oracle.answers)
+            self.checks.index_add_(0, state.rows, known.sum(1), alpha=each)
         elif check:
             self.checks[state.rows] += self.oracle.queries[state.rows] - before
         if candidate:
-            each = 1 if x.requires_grad else self.oracle.answers
-            order = torch.arange(1, (x.shape[1] if x.dim() == 5 else 1) + 1, device=x.device).expand(len(state), -1)
-            spent = before[:, None] + each * (order if paid is None else paid.cumsum(1))
-            self._offer(x.detach(), answer.detach(), state, spent, asked)
+            hit = self._hits(answer.detach(), state)
+            if hit is not None:  # seldom: what follows is only done then
+                order = torch.arange(1, hit.shape[1] + 1, device=x.device).expand(hit.shape)
+                spent = before[:, None] + each * (order if paid is None else paid.cumsum(1))
+                found = hit.any(1).nonzero().squeeze(1)
+                self._keep(_unpacked(x.detach(), found, len(state), asked), hit[found], state[found], spent[found])
         return answer
 
     def _rounded(self, x: Tensor, state: State, asked: Tensor | None) -> Tensor:
@@ -189,7 +192,7 @@ class Search:
 
     def _checked(self, answer: Tensor, state: State) -> Tensor:
         """Labels and targets must be classes of the model; looked at once, at the first answer."""
-        if self._labels_checked or not answer.is_floating_point():
+        if self._labels_checked or not answer.is_floating_point() or answer.shape[-1] < 2:  # nothing was asked yet
             return answer
         self._labels_checked = True
         self._classes = answer.shape[-1]
@@ -201,24 +204,21 @@ class Search:
                 )
         return answer
 
-    def _offer(self, x: Tensor, answer: Tensor, state: State, spent: Tensor, asked: Tensor | None) -> None:
-        """Keep the first (or nearest) adversarial candidate of each row.
-
-        Shape: x (n, [s,] C, H, W) or packed by ``asked``, answer scores (n, [s,] K) or labels (n, [s]),
-            spent (n, s): queries up to each.
-        """
+    def _hits(self, answer: Tensor, state: State) -> Tensor | None:
+        """Which candidates are adversarial, (n, s) bool, from scores (n, [s,] K) or labels (n, [s]); None for none."""
         scored = answer.is_floating_point()
         labels = answer.argmax(-1) if scored else answer
-        hit = is_adversarial(labels, state.y, state.target, self.reject).view(spent.shape)
+        hit = is_adversarial(labels, state.y, state.target, self.reject)
         if not hit.any():
-            return
-        known = ~answer.isnan().any(-1) if scored else answer >= 0
-        hit = hit & known.view(hit.shape)
-        found = hit.any(1).nonzero().squeeze(1)
-        if len(found):
-            self._keep(_unpacked(x, found, len(state), asked), hit[found], state[found], spent[found])
+            return None
+        hit = hit & (~answer.isnan().any(-1) if scored else answer >= 0)
+        return hit.view(len(hit), -1) if hit.any() else None
 
     def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor) -> None:
+        """Keep the first (or nearest) adversarial candidate of each row.
+
+        Shape: x (n, s, C, H, W), hit (n, s), spent (n, s): queries up to each.
+        """
         flat, samples = x.flatten(0, 1), x.shape[1]
         x0 = state.x0.repeat_interleave(samples, 0)
         hit = hit & self.threat.in_box(flat).view(hit.shape)  # what is no image is no adversarial image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts.nets import Counting, Linear, Recording, Small, decided, images, safe
+from contracts.nets import Counting, Recording, Small, decided, images, safe
 from torch import Tensor
 
 from lit_adv.attacks import PGD
@@ -12,6 +12,7 @@ from lit_adv.draws import Draws
 from lit_adv.estimators import NES
 from lit_adv.losses import Loss, cross_entropy, margin
 from lit_adv.oracle import QueryOracle
+from lit_adv.search import Search
 from lit_adv.threat import ThreatModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
@@ -93,19 +94,25 @@ def test_kappa_stops_an_image_whose_margin_exceeds_it() -> None:
         assert bool((result.x_adv != x).any()) is moves
 
 
-def test_the_step_size_is_halved_where_the_loss_stops_rising() -> None:
-    """On a linear model the loss rises by every step until the ball's edge, and not again."""
-    model = Linear()
-    x = 0.4 + 0.2 * images(2)
-    y = decided(model, x)
-    recording = Recording(model)
-    attack = nes_attack(8, plateau=2, step_size=0.04, min_step_size=0.004)
-    attack.estimator = NES(2000, 0.01, block=2000)
-    attack(QueryOracle(recording, 2, chunk=10_000), x, y)
-    place = torch.stack([part.view(2, -1, *x.shape[1:])[:, 0] for part in recording.given[:8]])
-    steps = place.diff(dim=0).abs().flatten(2).amax(2)
-    assert steps[0].tolist() == pytest.approx([0.04] * 2)
-    assert (steps[-1] <= 0.02 + 1e-9).all()
+@pytest.mark.parametrize(
+    "values", [[1.0, 2, 3, 3, 2, 4, 5, 1, 0, 0, 0, 0, 0, 0, 0], [5.0, 4, 3, 2, 1, 0, 9, 8, 7, 6, 5]]
+)
+def test_the_step_size_is_halved_where_the_loss_stops_rising(values: list[float]) -> None:
+    """By a plain list: once 3 losses are held and the newest is no better than the oldest, halve and forget."""
+    model, x = Small(), images(2)
+    search = Search(nes_attack(), QueryOracle(model, 2), x, decided(model, x), None, torch.arange(2))
+    attack = nes_attack(plateau=3, step_size=0.04, min_step_size=0.004)
+    state = attack.start(search, torch.arange(2))
+    window: list[float] = []
+    rate = 0.04
+    for value in values:
+        window.append(value)
+        if len(window) >= 3 and window[-1] <= window[-3]:
+            rate, window = max(rate / 2, 0.004), []
+        state.value = torch.tensor([value, 7.0], dtype=torch.float64)
+        attack._anneal(state, torch.tensor([True, False]))
+        assert state.rate.tolist() == pytest.approx([rate, 0.04])
+    assert rate < 0.04
 
 
 def test_noise_before_the_first_step_keeps_the_ball() -> None:
