@@ -63,6 +63,26 @@ class Archive:
                     found[index] = {name: shard.get_slice(name)[places[index]] for name in shard.keys()}  # noqa: SIM118
         return found
 
+    def counts(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """How often what happened, of how many times, as each process has kept it."""
+        found: dict[int, dict[str, tuple[int, int]]] = {}
+        for path in self.folder.glob("counts.rank*.json"):
+            try:
+                pairs = {name: (int(pair[0]), int(pair[1])) for name, pair in json.loads(path.read_text()).items()}
+                found[int(path.name.split(".")[1].removeprefix("rank"))] = pairs
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # a damaged file costs a remark, no result
+        return found
+
+    def keep(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Write down this process's counts, in place of those before."""
+        self._attempt(lambda: self._replace(json.dumps(counts)))
+
+    def _replace(self, text: str) -> None:
+        part = self.folder / f"counts.rank{self.rank}.part"
+        part.write_text(text)
+        os.replace(part, part.with_suffix(".json"))
+
     def append(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         """Add finished images: their shard first, then their lines, which make them count."""
         self._attempt(lambda: self._write(rows, tensors))

@@ -79,8 +79,22 @@ class Attack(ABC):
         other.threat = threat
         return other
 
-    def fit(self, images: Tensor, labels: Tensor) -> None:
-        """Learn from training data; only some attacks do."""
+    @property
+    def needs_fit(self) -> bool:
+        """Whether it must still learn from training images."""
+        return False
+
+    @property
+    def fitted_on(self) -> str:
+        """Hash of what it has learnt from; empty where it learns nothing."""
+        return ""
+
+    def fit(self, images: Tensor, labels: Tensor, path: str | None = None) -> None:
+        """Learn from training images; only some attacks do.
+
+        Args:
+            path: file that keeps what was learnt: read where it stems from these very images, else written.
+        """
         return
 
 

@@ -22,6 +22,20 @@ class GradientEstimator(ABC):
     needs_gradient: bool = False
     """Whether it differentiates through the function (white box) or reads values only (black box)."""
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether it must still learn from training images."""
+        return False
+
+    @property
+    def fitted_on(self) -> str:
+        """Hash of what it has learnt from; empty where it learns nothing."""
+        return ""
+
+    def fit(self, images: Tensor, labels: Tensor, path: str | None = None) -> None:
+        """Learn from training images, see :meth:`lit_adv.attack.Attack.fit`."""
+        return
+
     @abstractmethod
     def cost(self, shape: torch.Size) -> int:
         """Queries per row and call, for images of ``shape`` (C, H, W)."""
@@ -50,7 +64,7 @@ class ProbeEstimator(GradientEstimator):
             is no ball, and ``ball`` means the box.
     """
 
-    block: int = 64
+    block: int = 62
     paired: bool = True
     clip: Literal["none", "box", "ball"] = "none"
 

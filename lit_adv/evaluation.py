@@ -54,8 +54,12 @@ def evaluate(
     data = loader.name if isinstance(loader, ImageDataModule) else ""
     classes = loader.num_classes if isinstance(loader, ImageDataModule) else None
     records = None if folder is None else folder / "attacks"
+    training = None
+    if isinstance(loader, ImageDataModule):
+        loader.prepare_data()
+        training = loader.training_images
     trials = [
-        Trial(protocol, model, data, classes, records, progress=progress, place=place)
+        Trial(protocol, model, data, classes, records, progress=progress, place=place, training=training)
         for place, protocol in enumerate(protocols)
     ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -121,7 +125,6 @@ def _protocol(attack: Attack | Protocol, name: str, budget: int | None, max_samp
 def _batches(loader: ImageDataModule | Iterable[Any] | tuple[Tensor, Tensor]) -> Iterator[Batch]:
     """Batches with places in the data set; where the loader gives none they are counted."""
     if isinstance(loader, ImageDataModule):
-        loader.prepare_data()
         loader.setup("test")
         loader = loader.test_dataloader()
     if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_adv.metrics.records import Records
-from lit_adv.metrics.summary import McNemar, Summary
+from lit_adv.metrics.summary import McNemar, Summary, wilson
 from lit_adv.pictures import Examples
 from lit_adv.tables import interval, percent, threat
 
+LOST, RESTLESS = "answers that held NaN and counted as no success", "the model did not repeat its answers"
 _ACCESS = ("label", "probs", "logits", "gradient")
 
 
@@ -30,6 +31,7 @@ class Outcome:
         examples: Images to show.
         seconds: Wall-clock time of the attack.
         notes: Remarks to print.
+        counts: How often something worth knowing happened, and of how many times, by what it was.
         model: The model's name where one report holds several; None: the report's own.
 
     Raises:
@@ -48,11 +50,57 @@ class Outcome:
     seconds: float | None = None
     notes: tuple[str, ...] = ()
     model: str | None = None
+    counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.access not in _ACCESS:
             raise ValueError(f"access must be one of {', '.join(_ACCESS)}, got {self.access!r}")
         object.__setattr__(self, "records", self.records.unique())
+
+
+def added(parts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Add up how often what happened, and of how many times."""
+    total: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (happened, times) in part.items():
+            before = total.get(name, (0, 0))
+            total[name] = before[0] + happened, before[1] + times
+    return total
+
+
+def notes(
+    records: Records, budget: int | None, classes: int | None, counts: Mapping[str, tuple[int, int]], draws: int
+) -> tuple[str, ...]:
+    """Say what a reader of the figures must know.
+
+    Args:
+        records: One row per image.
+        budget: Queries per image, None if unlimited.
+        classes: Number of classes; None or 0: as many as the labels need.
+        counts: How often what happened, of how many times.
+        draws: Decisions by which an image was judged.
+    """
+    found = []
+    if budget is not None and not int(records.queries.sum()) and bool(records.clean_correct.any()):
+        found.append(f"the budget of {budget} queries covers no step: nothing was tried")
+    rate = wilson(int(records.clean_correct.sum()), len(records))
+    classes = classes or (int(records.label.max()) + 1 if len(records) else 0)
+    if rate is not None and classes and rate.high < 1.5 / classes:
+        found.append(
+            "the clean accuracy is that of guessing: does the model expect another range of pixels, normalise "
+            "twice, or hold untrained weights?"
+        )
+    lost = int((records.claimed & ~records.verified).sum())
+    if lost:
+        found.append(f"{lost} claimed successes did not survive verification and do not count")
+    if RESTLESS in counts:
+        found.append(
+            f"{RESTLESS}, though it does not say that it is random: images were judged by {draws} decisions each"
+        )
+    for name, (happened, times) in counts.items():
+        if name != RESTLESS and times:
+            found.append(f"{name}: {happened:,} of {times:,} ({percent(happened / times)} %)")
+    return tuple(found)
 
 
 @dataclass(frozen=True)

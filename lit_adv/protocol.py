@@ -31,7 +31,10 @@ class Protocol:
         answers: answers averaged per query of a random model, each charged.
         confirm: fresh answers that must agree before a hit counts; None: 1, or 31 if random.
         chunk: images per forward; None: found on the way.
-        precision: ``bf16`` searches in bfloat16 and confirms every hit in float32 (values only, not gradients).
+        precision: ``bf16`` searches in bfloat16 and confirms every hit in the model's own precision. This, the layout
+            and compilation are for attacks that read values of a deterministic model; others go without, and say so.
+        channels_last: whether the search lays out images with channels innermost; None: where that is faster.
+        compile: whether the search runs through ``torch.compile``.
         output: what the model returns.
 
     Raises:
@@ -51,6 +54,8 @@ class Protocol:
     confirm: int | None = None
     chunk: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool | None = None
+    compile: bool = False
     output: Output = "logits"
 
     def __post_init__(self) -> None:
@@ -69,11 +74,25 @@ class Protocol:
             raise ValueError(f"access must be label, probs, logits, gradient or None, got {self.access!r}")
         if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
             raise ValueError(f"budget must be a whole number of queries per image from 0, or None, got {self.budget!r}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.output not in ("logits", "log_probs", "probs", "labels"):
+            raise ValueError(f"output must be logits, log_probs, probs or labels, got {self.output!r}")
+        if self.output == "labels" and self.attack.access > Access.LABEL:
+            raise ValueError(
+                f"{self.name}: a model with output 'labels' grants access 'label', and {type(self.attack).__name__} "
+                f"needs {self.attack.access.name.lower()!r}: choose a decision-based attack, e.g. HopSkipJump"
+            )
         if self.granted < self.attack.access:
             raise ValueError(
                 f"{self.name}: access {self.access!r} is less than {type(self.attack).__name__} needs, "
                 f"{self.attack.access.name.lower()!r}: grant that, or leave access out"
             )
+
+    @property
+    def hastened(self) -> bool:
+        """Whether a cheaper stand-in for the model is to answer the search."""
+        return self.precision != "fp32" or bool(self.channels_last) or self.compile
 
     @property
     def granted(self) -> Access:

@@ -21,7 +21,7 @@ from lit_adv.metrics import summary as definitions
 from lit_adv.metrics.summary import Summary, common, mcnemar, robust_accuracy, summarize, worst_case
 from lit_adv.outcome import Comparison, Outcome, Verdict
 from lit_adv.pictures import Examples, Line, curves_png, examples_png, image_grid, panels, png
-from lit_adv.tables import Row, columns, csv_bytes, interval, p_value, percent, threat
+from lit_adv.tables import FIGURES, Row, columns, csv_bytes, interval, markdown, p_value, percent, threat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,7 +113,9 @@ class Report:
         for column in chosen:
             head = column.brief if brief else "\n".join(textwrap.wrap(column.group, 9) + textwrap.wrap(column.head, 9))
             justify: Literal["left", "right"] = "right" if column.number else "left"
-            table.add_column(Text(head), justify=justify, vertical="bottom", overflow="fold", no_wrap=brief)
+            table.add_column(
+                Text(head), justify=justify, vertical="bottom", overflow="fold", no_wrap=brief and column.number
+            )
         for row in rows:
             table.add_row(*(Text(column.cell(row)) for column in chosen))
         return table
@@ -128,11 +130,22 @@ class Report:
         lines = [line.rstrip() for line in capture.get().splitlines()]
         return "\n".join(lines + self._closing())
 
+    def markdown(self) -> str:
+        """Return success, distortion and queries of every attack as a table in Markdown, verdicts and notes below."""
+        rows = self.rows()
+        threats = {row.threat for row in rows}
+        wanted = {"model", "threat"} if len(threats) > 1 else {"model"}
+        chosen = [column for column in columns(rows) if column.head in wanted]
+        lines = [markdown(rows, [*chosen, *FIGURES]), *(f"* {line}" for line in self._closing())]
+        title = f"# {self.model} on {self.data}" + (f", {threats.pop()}" if len(threats) == 1 else "")
+        return f"{title}\n\n" + "\n".join(lines) + "\n"
+
     def _closing(self) -> list[str]:
         lines = [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
         lines += [
             f"{test.first} against {test.second}: McNemar's p {p_value(test.test.p)}" for test in self.comparisons()
         ]
+        lines += [f"{label}: {note}" for label, o in zip(self.labels, self.outcomes, strict=True) for note in o.notes]
         return lines + [f"WARNING: {warning}" for warning in self.warnings()]
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,6 +154,7 @@ class Report:
             {
                 **_facts(outcome),
                 "notes": outcome.notes,
+                "counts": {name: {"happened": of[0], "times": of[1]} for name, of in outcome.counts.items()},
                 "config": outcome.config,
                 "summary": summary.as_dict(),
             }
@@ -161,8 +175,8 @@ class Report:
     def write(self, dirpath: str | Path) -> dict[str, Path]:
         """Write the report's files, the records first; each appears whole or not at all.
 
-        Returns the paths of report.html, report.json, report.csv and curves.png under html, json, csv and
-        curves, and of each attack's files under records_NAME and examples_NAME.
+        Returns the paths of report.html, report.json, report.md, report.csv and curves.png under html, json, md, csv
+        and curves, and of each attack's files under records_NAME and examples_NAME.
 
         Args:
             dirpath: Folder to write to, made if missing.
@@ -191,6 +205,7 @@ class Report:
             )
         rows = [_flat(outcome, summary) for outcome, summary in zip(self.outcomes, self.summaries, strict=True)]
         yield "report.csv", csv_bytes(rows, list(rows[0]) if rows else [])
+        yield "report.md", self.markdown().encode()
         yield "report.json", _json(self.as_dict()).encode()
         yield "curves.png", curves_png(self._lines())
         for stem, outcome in zip(stems, self.outcomes, strict=True):
@@ -234,9 +249,10 @@ def _verdict(group: Sequence[Outcome]) -> Verdict:
 
 def _worst_row(verdict: Verdict) -> Row:
     # What the attack that won would have cost alone is not the price of running them all.
-    summary = replace(
-        verdict.summary, mean_queries=None, median_queries=None, mean_first_hit=None, median_first_hit=None
-    )
+    costs = ("mean_queries", "median_queries", "mean_first_hit", "median_first_hit", "mean_checks",
+             "mean_queries_of_attacked", "mean_checks_of_attacked")  # fmt: skip
+    nothing: dict[str, Any] = dict.fromkeys(costs)
+    summary = replace(verdict.summary, **nothing)
     name, kind = f"worst of {len(verdict.attacks)}", threat(verdict.norm, verdict.eps)
     return Row(verdict.model, name, kind, "", None, summary, worst=True)
 

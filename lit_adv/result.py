@@ -16,7 +16,8 @@ class AttackResult:
     Attributes:
         x_adv: (B, C, H, W) the adversarial image found, else the last candidate; always in the box.
         success: (B,) bool: adversarial within the threat model, distance <= radius (1 + 1e-6).
-        distance: (B,) of the adversarial image found at any radius, inf if none.
+        distance: (B,) of the adversarial image found, inf if none; of an attack that searches the nearest one, also
+            where that lies beyond the radius.
         queries: (B,) int64, all images sent to the model on account of this one.
         checks: (B,) int64 of them that a paper's arithmetic leaves out: mean and last checks, confirmations.
         first_hit: (B,) int64, queries spent when it was first adversarial within the threat model, else -1.

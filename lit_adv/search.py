@@ -63,8 +63,8 @@ class Search:
         x0 = self.x0[rows]
         target = None if self.target is None else self.target[rows]
         return {
-            "x": x0, "x0": x0, "y": self.y[rows], "target": target, "rows": rows,
-            "t": torch.zeros_like(rows), "done": flags, "inside": flags,
+            "x": x0.clone(), "x0": x0, "y": self.y[rows], "target": target, "rows": rows,
+            "t": torch.zeros_like(rows), "done": flags, "inside": flags.clone(),
         }  # fmt: skip
 
     def draws(self, state: State, key: int = 0) -> Draws:
@@ -222,20 +222,23 @@ class Search:
         flat, samples = x.flatten(0, 1), x.shape[1]
         x0 = state.x0.repeat_interleave(samples, 0)
         hit = hit & self.threat.in_box(flat).view(hit.shape)  # what is no image is no adversarial image
-        distance = self.threat.distance(flat, x0).view(hit.shape).masked_fill(~hit, torch.inf)
         valid = hit & self.threat.within(flat, x0).view(hit.shape)
+        if not self.attack.minimizes_distance:
+            hit = valid  # what an estimator asks outside the ball is a probe and no result
+        distance = self.threat.distance(flat, x0).view(hit.shape).masked_fill(~hit, torch.inf)
         if self._keeps_nearest:
             place = distance.argmin(1)
         else:  # the earliest valid one; where none is, the nearest outside
             place = torch.where(valid.any(1), valid.int().argmax(1), distance.argmin(1))
         every = torch.arange(len(x), device=x.device)
+        first = spent[every, valid.int().argmax(1)]  # queries up to the first valid one, whichever is kept
         near, valid = distance[every, place], valid[every, place]
         better = self._better(near, valid, state.rows)
         kept = better.nonzero().squeeze(1)
         if not len(kept):
             return
         x, rows = x[kept, place[kept]], state.rows[kept]
-        spent = spent[kept, place[kept]]
+        spent, first = spent[kept, place[kept]], first[kept]
         t, near, valid, y = state.t[kept], near[kept], valid[kept], state.y[kept]
         if self.oracle.doubtful:
             before = self.oracle.queries[rows]
@@ -244,8 +247,8 @@ class Search:
             target = None if state.target is None else state.target[kept]
             sure = is_adversarial(label, y, target, self.reject) & (label >= 0)
             x, rows, t, near, valid = x[sure], rows[sure], t[sure], near[sure], valid[sure]
-            spent = self.oracle.queries[rows]
-        self._record(x, rows, t, near, valid, spent)
+            spent = first = self.oracle.queries[rows]
+        self._record(x, rows, t, near, valid, spent, first)
 
     def _better(self, distance: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
         if self._keeps_nearest:
@@ -254,14 +257,16 @@ class Search:
             self.success[rows] & self.attack.stop_at_hit
         )
 
-    def _record(self, x: Tensor, rows: Tensor, t: Tensor, distance: Tensor, valid: Tensor, spent: Tensor) -> None:
+    def _record(
+        self, x: Tensor, rows: Tensor, t: Tensor, distance: Tensor, valid: Tensor, spent: Tensor, first: Tensor
+    ) -> None:
         self.x_adv[rows] = x.to(self.x_adv.dtype)
         self.distance[rows] = distance.to(self.distance.dtype)
-        first = rows[valid & ~self.success[rows]]
         new = valid & ~self.success[rows]
-        self.first_hit[first] = spent[new]
-        self.iterations[first] = self._earlier[first] + t[new]
-        self.success[first] = True
+        won = rows[new]
+        self.first_hit[won] = first[new]
+        self.iterations[won] = self._earlier[won] + t[new]
+        self.success[won] = True
         self._trace.append(torch.stack([v.double() for v in (rows, t, spent, distance)], 1))
 
     @property

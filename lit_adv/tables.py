@@ -13,6 +13,8 @@ from lit_adv.metrics.summary import Interval, Summary
 NONE = "\N{EN DASH}"
 _NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1", "l0": "L0"}
 _MEASURES = "success, % of attacked"
+_SPENT, _SPENT_BY_ALL = "queries of successes", "queries of attacked"
+_MOVED, _MOVED_BY_ALL = "mean norm of successes", "mean norm of attacked"
 
 
 class Row(NamedTuple):
@@ -52,6 +54,8 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
         needless |= {("", "model")}
     if all(row.draws == 1 for row in rows):
         needless |= {(_MEASURES, "any draw"), (_MEASURES, "mean of draws")}
+    if all(row.summary.mean_checks_of_attacked in (0, None) for row in rows):
+        needless |= {(_SPENT, "checks"), (_SPENT_BY_ALL, "checks")}
     if all(row.summary.mean_first_hit == row.summary.mean_queries for row in rows):
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
     if brief:
@@ -59,6 +63,25 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
         if len({row.threat for row in rows}) < 2:
             needless.add(("", "threat"))
     return [column for column in _COLUMNS if (column.group, column.head) not in needless]
+
+
+def markdown(rows: Sequence[Row], chosen: Sequence[Column] | None = None) -> str:
+    """Return a table for a page of Markdown; without columns, the figures that papers give of a black-box attack."""
+    chosen = FIGURES if chosen is None else chosen
+    lines = [_heads(chosen), ["---:" if column.number else "---" for column in chosen]]
+    lines += [[column.cell(row) for column in chosen] for row in rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def table_csv(rows: Sequence[Row], chosen: Sequence[Column] | None = None) -> bytes:
+    """Return the same table as CSV, its cells as they are printed."""
+    chosen = FIGURES if chosen is None else chosen
+    heads = _heads(chosen)
+    return csv_bytes([dict(zip(heads, (c.cell(row) for c in chosen), strict=True)) for row in rows], heads)
+
+
+def _heads(chosen: Sequence[Column]) -> list[str]:
+    return [f"{column.group}: {column.head}".removeprefix(": ") for column in chosen]
 
 
 def threat(norm: str, eps: float) -> str:
@@ -100,6 +123,10 @@ def _robust(row: Row) -> str:
     return f"{percent(row.summary.robust_accuracy)} {interval(row.summary.robust_interval)}".rstrip()
 
 
+def _success(row: Row) -> str:
+    return f"{percent(row.summary.success_rate)} {interval(row.summary.success_interval)}".rstrip()
+
+
 def _budget(row: Row) -> str:
     return "" if row.worst else NONE if row.budget is None else f"{row.budget:,}"
 
@@ -130,10 +157,29 @@ _COLUMNS = (
     Column(_MEASURES, "mean of draws", lambda row: percent(row.summary.mean_success_rate)),
     Column(_MEASURES, "8-bit", lambda row: percent(row.summary.rounded_success_rate), brief="8-bit\n%"),
     Column("success, %", "of all", lambda row: percent(row.summary.success_over_all)),
-    Column("queries of successes", "mean", lambda row: _count(row.summary.mean_queries)),
-    Column("queries of successes", "median", lambda row: _count(row.summary.median_queries), brief="median\nqueries"),
+    Column(_SPENT, "mean", lambda row: _count(row.summary.mean_queries)),
+    Column(_SPENT, "median", lambda row: _count(row.summary.median_queries), brief="median\nqueries"),
+    Column(_SPENT, "checks", lambda row: _count(row.summary.mean_checks)),
+    Column(_SPENT_BY_ALL, "mean", lambda row: _count(row.summary.mean_queries_of_attacked)),
+    Column(_SPENT_BY_ALL, "checks", lambda row: _count(row.summary.mean_checks_of_attacked)),
     Column("queries to first hit", "mean", lambda row: _count(row.summary.mean_first_hit)),
     Column("queries to first hit", "median", lambda row: _count(row.summary.median_first_hit)),
-    Column("mean norm", "L2", lambda row: _norm(row.summary.mean_l2)),
-    Column("mean norm", "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf)),
+    Column(_MOVED, "L2", lambda row: _norm(row.summary.mean_l2)),
+    Column(_MOVED, "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf)),
+    Column(_MOVED_BY_ALL, "L2", lambda row: _norm(row.summary.mean_l2_of_attacked)),
+    Column(_MOVED_BY_ALL, "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf_of_attacked)),
 )
+
+FIGURES = (
+    Column("", "attack", lambda row: row.attack, False),
+    Column("", "budget", _budget),
+    Column("", "images", lambda row: f"{row.summary.attacked:,}"),
+    Column("", "success, % [95 %]", _success),
+    Column("successes", "mean L2", lambda row: _norm(row.summary.mean_l2)),
+    Column("all attacked", "mean L2", lambda row: _norm(row.summary.mean_l2_of_attacked)),
+    Column("successes", "mean queries", lambda row: _count(row.summary.mean_queries)),
+    Column("successes", "median queries", lambda row: _count(row.summary.median_queries)),
+    Column("all attacked", "mean queries", lambda row: _count(row.summary.mean_queries_of_attacked)),
+    Column("all attacked", "of them checks", lambda row: _count(row.summary.mean_checks_of_attacked)),
+)
+"""What papers say of a black-box attack: success, distortion and queries; see :func:`markdown`."""

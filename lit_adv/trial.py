@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adv.answers import cast, check_answer, check_finite, evaluating
 from lit_adv.archive import Archive, configuration, fingerprint, weights_hash
-from lit_adv.attack import IterativeAttack, check_images
+from lit_adv.attack import Attack, IterativeAttack, check_images
 from lit_adv.chunk import Chunk
 from lit_adv.datamodules import Batch
 from lit_adv.draws import Draws
-from lit_adv.metrics import Records, wilson
-from lit_adv.oracle import QueryOracle
+from lit_adv.fast import fast_copy
+from lit_adv.look import Restless, first_look, least_likely
+from lit_adv.metrics import Records
+from lit_adv.oracle import Access, QueryOracle
+from lit_adv.outcome import LOST, RESTLESS, Outcome, added, notes
 from lit_adv.pictures import Examples
 from lit_adv.protocol import Protocol, identity
-from lit_adv.report import Outcome
 from lit_adv.result import AttackResult
 from lit_adv.verify import correct, verify
 
@@ -54,6 +56,8 @@ class Trial:
         rank: of this process. world: number of processes that share the images.
         total: images that this process will be given, for the progress bar; None: not known.
         progress: whether to show a progress bar. place: its line.
+        training: gives training images, not augmented, to an attack that must still learn from some; None: it has to
+            have learnt before.
     """
 
     def __init__(
@@ -68,21 +72,33 @@ class Trial:
         total: int | None = None,
         progress: bool = False,
         place: int = 0,
+        training: Callable[[], Batch] | None = None,
     ) -> None:
         self.protocol, self.model, self.rank, self.world = protocol, model, rank, world
         self.num_classes = num_classes
         self.rows: dict[int, dict[str, Any]] = {}
-        self.seconds, self.nonfinite = 0.0, 0
+        self.seconds = 0.0
+        self.counts: dict[str, tuple[int, int]] = {}
         self._pool, self._seen, self._classes = _Pool(), 0, 0
         self._examples: list[dict[str, Tensor]] = []
         self._prints: dict[int, str] = {}
         self._chunk: Chunk | None = None
+        self._fast: nn.Module | None = None
         self._flushed = time.perf_counter()
         self._archive: Archive | None = None
-        if dirpath is not None:
+        folder = None if dirpath is None else Path(dirpath) / protocol.name
+        if training is not None and protocol.attack.needs_fit:
+            seen = training()
+            path = None if folder is None else str(folder / "fitted.safetensors")
+            protocol.attack.fit(seen.image, seen.label, path)
+        if folder is not None:
             known_by = {**configuration(identity(protocol)), "weights": weights_hash(model), "data": data}
-            self._archive = Archive(Path(dirpath) / protocol.name, known_by, rank)
+            self._archive = Archive(folder, known_by | _learnt(protocol.attack), rank)
+            self.counts = self._archive.counts().get(rank, {})
         self._known = self._archive.load() if self._archive is not None else {}
+        self._judge: nn.Module = model
+        if RESTLESS in self._counts():
+            self._judge = Restless(model)
         limit = protocol.max_samples
         total = limit if total is None else total if limit is None else min(total, -(-limit // world))
         self.bar = tqdm(
@@ -105,7 +121,7 @@ class Trial:
             self._look_first(x)
         self._look(y)
         right = correct(
-            self.model, x, y, self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output
+            self._judge, x, y, self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output
         )
         self._write_wrong(y[~right], index[~right])
         target = self._targets(x, y, index)
@@ -132,7 +148,7 @@ class Trial:
 
     def outcome(self, records: Records, model: str | None = None) -> Outcome:
         """What goes into the report."""
-        threat = self.protocol.attack.threat
+        threat, counts = self.protocol.attack.threat, self._counts()
         return Outcome(
             name=self.protocol.name,
             records=records,
@@ -144,15 +160,16 @@ class Trial:
             access=self.protocol.granted.name.lower(),
             examples=self.examples(),
             seconds=self.seconds,
-            notes=tuple(self._notes(records)),
+            notes=notes(records, self.protocol.budget, self._classes or self.num_classes, counts, self.draws),
             model=model,
+            counts=counts,
         )
 
     @property
     def draws(self) -> int:
         """Fresh decisions by which images are judged."""
         given = self.protocol.draws
-        return given if given is not None else (30 if getattr(self.model, "stochastic", False) else 1)
+        return given if given is not None else (30 if getattr(self._judge, "stochastic", False) else 1)
 
     def examples(self, count: int = 8) -> Examples | None:
         """Clean and returned images of the first successes by place in the data set; failures where there are none."""
@@ -198,23 +215,21 @@ class Trial:
             )
 
     def _look_first(self, x: Tensor) -> None:
-        """Learn the number of classes, hold it against the data's, and refuse what is no classifier."""
+        """Learn the number of classes, refuse what is no classifier, and notice what is random without saying so."""
         check_images(x, self.protocol.attack.threat)
-        with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
-            first = x[: self._images_at_once]
-            place = torch.arange(len(first), device=x.device)
-            answer = self._ask(first, Draws(self._seed, place, torch.zeros_like(place), -6))
-            check_answer(answer, len(first), self.protocol.output, self.model)
-            if self.protocol.output == "labels":
-                self._classes = self.num_classes or 0
-            else:
-                check_finite(answer, self.model)
-                self._classes = answer.shape[1] - (getattr(self.model, "reject", None) is not None)
-        if self.num_classes is not None and self._classes != self.num_classes:
-            raise ValueError(
-                f"{type(self.model).__name__} answers {self._classes} classes and the data set has {self.num_classes}: "
-                "choose the data the model was trained on"
+        protocol = self.protocol
+        sight = first_look(self.model, x[: self._images_at_once], protocol.output, self.num_classes, self._seed)
+        self._classes = sight.classes
+        if not sight.repeats:
+            self._judge_by_many()
+            warnings.warn(
+                f"{protocol.name}: {type(self.model).__name__} answers the same images differently when asked again: "
+                "it draws random numbers, or an answer depends on the batch; if that is a fault (dropout or batch "
+                "statistics that stay on), mend it, else make it a lit_adv.defense.Defense with stochastic = True, "
+                f"of which attacks know. Images are judged by {self.draws} decisions each",
+                stacklevel=4,
             )
+        self._fast = self._stand_in()
         attack, budget = self.protocol.attack, self.protocol.budget
         if budget is not None and isinstance(attack, IterativeAttack) and budget < int(attack.least(x.shape[1:])):
             warnings.warn(
@@ -233,13 +248,38 @@ class Trial:
         if rule == "random":
             draws = Draws(self._seed, index, torch.full_like(index, -5))
             return (y + 1 + draws.integers(classes - 1)) % classes
-        parts = []
-        with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
-            for begin in range(0, len(x), self._images_at_once):
-                part = slice(begin, begin + self._images_at_once)
-                parts.append(self._ask(x[part], Draws(self._seed, index[part], torch.zeros_like(index[part]), -6)))
-        scores = torch.cat(parts)[:, :classes]
-        return scores.scatter(1, y[:, None], torch.inf).argmin(1)
+        return least_likely(self.model, x, y, index, classes, self._seed, self._images_at_once)
+
+    def _stand_in(self) -> nn.Module | None:
+        """What answers the search in the model's place, where that is asked for and of use."""
+        protocol = self.protocol
+        if not protocol.hastened:
+            return None
+        random = getattr(self.model, "stochastic", False)  # its draws would not reach a stand-in
+        if random or protocol.attack.access == Access.GRADIENT:
+            reason = "the model is random" if random else f"{type(protocol.attack).__name__} needs gradients"
+            warnings.warn(
+                f"{protocol.name}: precision, channels_last and compile are for attacks that read values of a "
+                f"deterministic model; {reason}, so the model is asked as it is",
+                stacklevel=5,
+            )
+            return None
+        return fast_copy(self.model, protocol.precision, protocol.channels_last, protocol.compile)
+
+    def _judge_by_many(self) -> None:
+        """Judge images by fresh decisions, as those of a model that says that it is random."""
+        self._judge = Restless(self.model)
+        self._count({RESTLESS: (1, 1)})
+
+    def _count(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        self.counts = added([self.counts, counts])
+        if self._archive is not None and counts:
+            self._archive.keep(self.counts)
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        """Of all processes that write to one folder, and of the runs before this one."""
+        parts = {**(self._archive.counts() if self._archive is not None else {}), self.rank: self.counts}
+        return added(parts.values())
 
     def _attack(self) -> None:
         begun = time.perf_counter()
@@ -250,7 +290,7 @@ class Trial:
         protocol = self.protocol
         oracle = QueryOracle(
             self.model, len(x), protocol.granted, protocol.budget, self._chunk or protocol.chunk, protocol.surrogate,
-            protocol.answers, protocol.confirm, _Bf16(self.model) if protocol.precision == "bf16" else None,
+            protocol.answers, protocol.confirm, self._fast,
             protocol.output, index=index, seed=self._seed, known_right=True,
         )  # fmt: skip
         self._chunk = oracle.chunk_tuner
@@ -259,7 +299,9 @@ class Trial:
             oracle, x, y, target, index, finished=lambda rows, ended: self._finish(pool, rows, ended)
         )
         self._flush(pool)
-        self.nonfinite += result.nonfinite
+        self._count(result.counts)
+        if result.nonfinite:
+            self._count({LOST: (result.nonfinite, int(result.queries.sum()))})
         self.seconds += time.perf_counter() - begun
 
     def _finish(self, pool: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, result: AttackResult) -> None:
@@ -279,7 +321,7 @@ class Trial:
         x0, y, index = (part[rows] for part in pool[:3])
         target = None if pool[3] is None else pool[3][rows]
         seen = verify(
-            self.model, self.protocol.attack.threat, x_adv, x0, y, target,
+            self._judge, self.protocol.attack.threat, x_adv, x0, y, target,
             self.protocol.draws, index, self._seed, self._images_at_once, self.protocol.output,
         )  # fmt: skip
         delta = (x_adv.double() - x0.double()).flatten(1)
@@ -309,10 +351,6 @@ class Trial:
         }  # fmt: skip
         self._write([{**row, "trace": []} for row in _rows(columns)], {})
 
-    def _ask(self, x: Tensor, draws: Draws) -> Tensor:
-        x = cast(x, self.model)
-        return self.model(x, draws=draws) if getattr(self.model, "stochastic", False) else self.model(x)
-
     def _write(self, rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
         if not rows:
             return
@@ -327,24 +365,6 @@ class Trial:
         broken, queries = sum(row["verified"] for row in attacked), sum(row["queries"] for row in attacked)
         self.bar.set_postfix_str(f"success {broken / max(1, len(attacked)):.1%}, {queries:,} queries", refresh=False)
 
-    def _notes(self, records: Records) -> list[str]:
-        notes = []
-        if self.protocol.budget is not None and not int(records.queries.sum()) and bool(records.clean_correct.any()):
-            notes.append(f"the budget of {self.protocol.budget} queries covers no step: nothing was tried")
-        interval = wilson(int(records.clean_correct.sum()), len(records))
-        classes = self._classes or self.num_classes or (int(records.label.max()) + 1 if len(records) else 0)
-        if interval is not None and classes and interval.high < 1.5 / classes:
-            notes.append(
-                "the clean accuracy is that of guessing: does the model expect another range of pixels, normalise "
-                "twice, or hold untrained weights?"
-            )
-        lost = int((records.claimed & ~records.verified).sum())
-        if lost:
-            notes.append(f"{lost} claimed successes did not survive verification and do not count")
-        if self.nonfinite:
-            notes.append(f"{self.nonfinite} answers held NaN and counted as no success")
-        return notes
-
     @property
     def _seed(self) -> int:
         return self.protocol.attack.seed
@@ -354,16 +374,11 @@ class Trial:
         return self._chunk.size if self._chunk is not None else (self.protocol.chunk or 256)
 
 
-class _Bf16(nn.Module):
-    """A model run in bfloat16 by autocast."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.model(x)
+def _learnt(attack: Attack) -> dict[str, Any]:
+    """What decides an attack's results beside its arguments: what it has learnt, and its local models' weights."""
+    local = [weights_hash(model) for model in getattr(attack, "models", [])]
+    found = {"fitted_on": attack.fitted_on, "local": local}
+    return {name: value for name, value in found.items() if value}
 
 
 def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:

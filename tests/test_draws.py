@@ -175,4 +175,114 @@ def test_shapes() -> None:
 def test_tails_are_finite() -> None:
     z = draws(1000).normal(1000)
     assert z.isfinite().all()
-    assert 4.5 < z.abs().max() < 6
+    assert 4.2 < z.abs().max() < 4.5
+
+
+def test_normal_numbers_take_65536_values_with_the_moments_of_the_normal_distribution() -> None:
+    values = draws(2000).normal(1000).unique().double()  # type: ignore[no-untyped-call]
+    assert len(values) == 2**16
+    expected = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
+    assert (values - expected)[200:-200].abs().max() < 1e-4
+    assert torch.equal(values, -values.flip(0))
+    assert abs(float(values.square().mean()) - 1) < 1e-7
+    assert abs(float(values.pow(4).mean()) - 3) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "signs"])
+@pytest.mark.parametrize("across", ["places", "samples", "rows", "steps", "keys", "seeds", "calls"])
+def test_no_two_of_many_streams_are_correlated(name: str, across: str) -> None:
+    """All pairs of 60 neighbours, by values and by magnitudes; a hash that is too weak shows in some pair."""
+    many = range(60)
+    if across == "calls":
+        source = draws(30)
+        numbers = [getattr(source, name)(10, 40) for _ in many]
+    elif across in ("places", "samples", "rows"):
+        shape = {"places": (100, 60), "samples": (60, 100), "rows": (100, 100)}[across]
+        numbers = list(getattr(draws(60), name)(*shape).unbind({"places": 2, "samples": 1, "rows": 0}[across]))
+    else:
+        numbers = [getattr(draws(30, **{across[:-1]: number - 3}), name)(10, 40) for number in many]
+    flat = torch.stack([number.flatten() for number in numbers]).double()
+    for values in (flat, flat.abs()) if name != "signs" else (flat,):
+        scores = np.corrcoef(values.numpy())[np.triu_indices(60, 1)] * math.sqrt(flat.shape[1])
+        assert np.abs(scores).max() < 5.2
+        assert abs(scores.std() - 1) < 0.08
+
+
+@pytest.mark.parametrize("arranged", ["places", "samples", "rows", "steps"])
+def test_bits_are_equally_often_set_and_unrelated(arranged: str) -> None:
+    count = 2**16
+    unit = {
+        "places": lambda: draws(8).uniform(4, count // 32),
+        "samples": lambda: draws(1).uniform(count),
+        "rows": lambda: draws(count).uniform(),
+        "steps": lambda: Draws(0, torch.full((count,), 3), torch.arange(count)).uniform(),
+    }[arranged]()
+    whole = (unit.flatten().double().numpy() * 2**23 - 0.5).astype(np.int64)
+    bits = (whole[:, None] >> np.arange(23) & 1) * 2.0 - 1
+    assert np.abs(bits.mean(0)).max() * math.sqrt(count) < 4.5
+    for one, other in ((bits, bits), (bits[:-1], bits[1:])):  # within a number, and in the next one
+        products = one.T @ other / math.sqrt(count)
+        if one is other:
+            np.fill_diagonal(products, 0)
+        assert np.abs(products).max() < 4.8
+    cells = whole[0::2] >> 17 << 6 | whole[1::2] >> 17
+    assert stats.chisquare(np.bincount(cells, minlength=4096)).pvalue > 1e-4
+
+
+def test_two_samples_share_no_more_numbers_than_chance_has_it() -> None:
+    z = draws(200).normal(40, 100)
+    for one, other in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), (z[..., 50:], z[..., :50])):
+        expected = one.numel() / 2**16
+        assert abs(int((one == other).sum()) - expected) < 4.5 * math.sqrt(expected)
+
+
+def test_signs_are_fair_and_continue() -> None:
+    signs = draws().signs(5, 100)
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 4.5 / math.sqrt(signs.numel())
+    z = signs[..., :-1] * signs[..., 1:]
+    assert abs(float(z.mean())) < 4.5 / math.sqrt(z.numel())
+    source = draws()
+    assert torch.equal(torch.cat([source.signs(2, 100), source.signs(3, 100, first=2)], 1), signs)
+    assert draws(3).signs(4, dtype=torch.float64).dtype == torch.float64
+    assert draws(3).signs().shape == (3,)
+
+
+def test_permutations_are_uniform() -> None:
+    orders = draws(24000).permutation(4)
+    assert orders.dtype == torch.int64
+    assert torch.equal(orders.sort(1).values, torch.arange(4).expand(24000, -1))
+    counts = (orders * torch.tensor([64, 16, 4, 1])).sum(1).bincount()
+    counts = counts[counts > 0]
+    assert len(counts) == 24
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-4
+    assert draws(0).permutation(4).shape == (0, 4)
+    assert draws(2).permutation(1).tolist() == [[0], [0]]
+
+
+def test_a_permutation_belongs_to_its_row() -> None:
+    order = torch.tensor([2, 0, 1])
+    source = Draws(1, torch.tensor([4, 9, 6]), torch.tensor([0, 5, 1]))
+    assert torch.equal(source[order].permutation(50), source.permutation(50)[order])
+    again = draws(2)
+    assert not torch.equal(again.permutation(50), again.permutation(50))
+
+
+def test_numbers_made_in_inference_mode_are_the_same() -> None:
+    with torch.inference_mode():
+        first = draws(2).normal(3, 77).clone()
+    assert torch.equal(draws(2).normal(3, 77), first)
+    weight = torch.ones(77, requires_grad=True)
+    torch.autograd.grad((draws(2).normal(3, 77) * weight).sum(), weight)
+
+
+def test_numbers_stay_as_they_are_from_version_to_version() -> None:
+    """Recorded results are compared with repeated ones; a change of these numbers is a change of all results."""
+    source = Draws(3, torch.tensor([11]), torch.tensor([5]), 2)
+    assert source.normal(2, 2).flatten().tolist() == [
+        -0.33216965198516846,
+        -0.6552395820617676,
+        0.2769553065299988,
+        1.6797699928283691,
+    ]
+    assert source.integers(1000, 4).flatten().tolist() == [557, 118, 620, 588]

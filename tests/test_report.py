@@ -137,7 +137,27 @@ def test_text_holds_the_figures(report: Report) -> None:
         assert figure in line.split() or f" {figure} " in line
     assert "worst of 2" in text
     assert "WARNING: a black-box attack" in text
+    assert "pgd: two <starts>" in text
     assert "\x1b" not in text
+
+
+def test_markdown_holds_a_line_per_attack_and_the_remarks(report: Report) -> None:
+    title, _, _, _, white, black, worst, *rest = report.markdown().splitlines()
+    assert title == "# net & co on digits, L\N{INFINITY} 8/255"
+    assert [line[2:].split(" | ")[0] for line in (white, black, worst)] == ["pgd", "square/linf", "worst of 2"]
+    assert "27.8 [12.5, 50.9]" in white
+    assert "37.5" in white  # queries of all attacked: 5 of 18 at 5, the others at 50
+    assert "37.5" not in worst
+    text = "\n".join(rest)
+    assert "* pgd: two <starts>" in text
+    assert report.verdicts[0].sentence in text
+    assert "gradients may be masked" in text
+
+
+def test_counts_are_in_the_json() -> None:
+    counted = outcome("zoo", records([0]), "probs", counts={"estimates were 0": (3, 400)})
+    (told,) = Report([counted], "net", "digits").as_dict()["outcomes"]
+    assert told["counts"] == {"estimates were 0": {"happened": 3, "times": 400}}
 
 
 def test_repeated_rows_count_once() -> None:
@@ -147,7 +167,7 @@ def test_repeated_rows_count_once() -> None:
 
 def test_files_round_trip(report: Report, tmp_path: Path) -> None:
     paths = report.write(tmp_path / "deep" / "folder")
-    assert list(paths) == ["records_pgd", "records_square-linf", "csv", "json", "curves", "examples_pgd", "html"]
+    assert list(paths) == ["records_pgd", "records_square-linf", "csv", "md", "json", "curves", "examples_pgd", "html"]
     assert sorted(path.name for path in paths["csv"].parent.iterdir()) == sorted(path.name for path in paths.values())
     with paths["records_square-linf"].open(newline="") as stream:
         read = Records.from_rows(list(csv.DictReader(stream)))
@@ -241,7 +261,7 @@ def test_records_are_written_before_anything_can_fail(
     with pytest.raises(RuntimeError):
         report.write(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"records_pgd.csv", "records_square-linf.csv", "report.csv", "report.json"}
+    assert names == {"records_pgd.csv", "records_square-linf.csv", "report.csv", "report.md", "report.json"}
 
 
 def test_unknown_access_is_refused(report: Report) -> None:

@@ -102,7 +102,7 @@ def test_minimum_norm_attacks_keep_the_nearest_hit() -> None:
     values = [[0.35, 0.3], [0.1, 0.1], [0.22, 0.21], [0.25, 0.1]]
     result = Climb(values, WIDE, minimizes_distance=True, stop_at_hit=False)(Ramp(), grey(), zeros())
     assert result.queries.tolist() == [8]
-    assert result.first_hit.tolist() == [2]  # the nearest of its block
+    assert result.first_hit.tolist() == [1]  # though the second of that block is nearer, and kept
     torch.testing.assert_close(result.distance, torch.tensor([0.21], dtype=torch.float64))
     torch.testing.assert_close(result.x_adv, grey() + 0.21)
     torch.testing.assert_close(result.trace[:, 3], torch.tensor([0.3, 0.21], dtype=torch.float64))
@@ -110,7 +110,8 @@ def test_minimum_norm_attacks_keep_the_nearest_hit() -> None:
 
 def test_a_hit_outside_the_ball_is_kept_as_such() -> None:
     values = [[0.3], [0.25], [0.35], [0.1]]
-    result = Climb(values, ThreatModel("linf", 0.22))(Ramp(), grey(), zeros())
+    attack = Climb(values, ThreatModel("linf", 0.22), minimizes_distance=True)
+    result = attack(Ramp(), grey(), zeros())
     assert result.success.tolist() == [False]
     assert result.first_hit.tolist() == [-1]
     assert result.iterations.tolist() == [4]

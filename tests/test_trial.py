@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contracts.nets import Noisy, Small, decided
-from contracts.trials import COUNT, WRONG, X, Y, assert_same, model, nattack, pgd, run
+from contracts.trials import COUNT, WRONG, X, Y, assert_same, model, nattack, pgd, run, transfer
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD
+from lit_adv.attacks import PGD, DifferenceOfMeans, HopSkipJump
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.oracle import QueryOracle
@@ -61,7 +62,8 @@ def test_queries_on_record_are_what_the_model_was_asked() -> None:
     records = run(Trial(nattack(), watched))
     # besides: one clean check and two verifications (as returned, and in 8 bits) of each attacked image
     beside = torch.where(records.clean_correct, 3, 1)
-    beside[:5] += 1  # the first look at the first batch
+    beside[:5] += 1  # the first look at the first batch,
+    beside[:3] += 1  # and again at half of it
     assert (records.queries + beside).tolist() == watched.seen.tolist()
 
 
@@ -167,7 +169,7 @@ def test_targets_without_classes_are_refused() -> None:
             return decided(Small(), x)
 
     for target in ("next", "least_likely"):
-        trial = Trial(nattack(target=target, output="labels"), Labels())
+        trial = Trial(nattack(target=target, output="labels", attack=HopSkipJump()), Labels())
         with pytest.raises(ValueError, match="target"):
             run(trial)
 
@@ -211,5 +213,160 @@ def test_only_the_attack_asks_with_gradients() -> None:
     assert records.claimed.all()
     assert not records.verified.any()
     assert turncoat.with_gradients == int(records.queries.sum())
-    assert turncoat.without == 4 * len(chosen)  # first look, clean check, as returned, in 8 bits
+    assert turncoat.without == 4 * len(chosen) + 2  # first look (some twice), clean check, as returned, in 8 bits
     assert any("3 claimed successes did not survive" in note for note in trial.outcome(records).notes)
+
+
+class Secret(nn.Module):
+    """Random, and does not say so."""
+
+    def __init__(self, noise: float = 0.02) -> None:
+        super().__init__()
+        self.inner, self.noise = Small(), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.noise * torch.randn_like(x))
+
+
+class Social(nn.Module):
+    """Normalises by the batch it is given, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(0.5 + x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("secret", [Secret(), Social()], ids=["random", "batch"])
+def test_a_model_that_does_not_repeat_its_answers_is_judged_over_thirty_draws(secret: nn.Module) -> None:
+    torch.manual_seed(0)
+    trial = Trial(nattack(), secret.eval())
+    with pytest.warns(UserWarning, match="nattack: .*answers the same images differently.*stochastic = True") as caught:
+        records = run(trial, 10)
+    assert len(caught) == 1
+    outcome = trial.outcome(records)
+    assert outcome.draws == trial.draws == 30
+    share = records.verified_mean * 30
+    torch.testing.assert_close(share, share.round())
+    assert any("does not say that it is random: images were judged by 30 decisions" in note for note in outcome.notes)
+
+
+def test_draws_given_count_for_such_a_model_too() -> None:
+    trial = Trial(pgd(draws=3), Secret().eval())
+    with pytest.warns(UserWarning, match="judged by 3 decisions"):
+        run(trial)
+    assert trial.draws == 3
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_is_no_randomness(kind: torch.dtype) -> None:
+    """Warnings are errors here."""
+    kept = X.to(torch.float32 if kind == torch.bfloat16 else kind)
+    trial = Trial(nattack(), Small().to(kind).eval())
+    for part in torch.arange(COUNT).split(9):
+        trial.add(Batch(kept[part], Y[part], part))
+    trial.close()
+
+
+def test_a_model_that_tells_labels_at_random_is_noticed() -> None:
+    class Labels(Secret):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)
+
+    torch.manual_seed(0)
+    attack = HopSkipJump(ThreatModel("linf", 0.05), steps=1)
+    trial = Trial(Protocol(name="hsj", attack=attack, output="labels", budget=50), Labels(0.3).eval())
+    with pytest.warns(UserWarning, match="differently"):
+        run(trial, 30)
+    assert trial.draws == 30
+
+
+def test_counts_are_gathered_over_pools() -> None:
+    whole, pools = Trial(transfer(), model()), Trial(transfer(pool=4), model())
+    one, other = whole.outcome(run(whole)), pools.outcome(run(pools))
+    attacked = COUNT - len(WRONG)
+    assert one.counts == other.counts
+    (name,) = one.counts
+    happened, times = one.counts[name]
+    assert times == attacked
+    assert 0 < happened < attacked
+    assert f"{name}: {happened} of {attacked} ({100 * happened / attacked:.1f} %)" in one.notes
+
+
+def test_a_stand_in_answers_the_search_and_the_model_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rough(nn.Module):
+        """Three decimals of the scores."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.seen = inner, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            return (self.inner(x) * 1000).round() / 1000
+
+    made: list[tuple[Rough, tuple[Any, ...]]] = []
+
+    def fast_copy(inner: nn.Module, *settings: Any) -> Rough:
+        made.append((Rough(Small()).eval(), settings))
+        return made[-1][0]
+
+    monkeypatch.setattr("lit_adv.trial.fast_copy", fast_copy)
+    trial = Trial(nattack(pool=4, precision="bf16", channels_last=True, compile=True), model())
+    records = run(trial)
+    ((stand_in, settings),) = made  # once in a trial of many pools
+    assert settings == ("bf16", True, True)
+    assert records.verified.any()
+    assert torch.equal(records.claimed, records.verified)
+    assert stand_in.seen == int((records.queries - records.claimed.long()).sum())  # the model confirms each hit
+    assert (records.checks >= records.claimed.long()).all()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "deployed", "reason"),
+    [
+        (pgd(precision="bf16"), Small(), "PGD needs gradients"),
+        (nattack(compile=True), Noisy(Small(), 4, noise=0.02), "the model is random"),
+    ],
+    ids=["gradients", "random"],
+)
+def test_who_goes_without_a_stand_in_is_told(protocol: Protocol, deployed: nn.Module, reason: str) -> None:
+    plain = Protocol(**{**vars(protocol), "precision": "fp32", "compile": False})
+    with pytest.warns(UserWarning, match=f"{protocol.name}: precision, .* deterministic model; {reason}") as caught:
+        records = run(Trial(protocol, deployed.eval()))
+    assert len(caught) == 1
+    assert_same(records, run(Trial(plain, deployed.eval())))
+
+
+def test_labels_where_scores_were_promised_are_named() -> None:
+    class Labels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return decided(Small(), x)
+
+    with pytest.raises(ValueError, match="returns one label per image and no logits: say output='labels'"):
+        run(Trial(nattack(), Labels()))
+
+
+def test_an_attack_that_must_learn_is_taught_once_and_known_by_it(tmp_path: Path) -> None:
+    lessons = []
+
+    def training() -> Batch:
+        lessons.append(1)
+        return Batch(X, Y, torch.arange(COUNT))
+
+    def means() -> Protocol:
+        return Protocol(name="means", attack=DifferenceOfMeans(ThreatModel(eps=0.1)))
+
+    taught = means()
+    one = run(Trial(taught, model(), dirpath=tmp_path, training=training))
+    assert (tmp_path / "means" / "fitted.safetensors").is_file()
+    run(Trial(taught, model(), dirpath=tmp_path, training=training))
+    assert len(lessons) == 1
+    other = means()
+    other.attack.fit(X[:20], Y[:20])
+    watched = model()
+    two = run(Trial(other, watched, dirpath=tmp_path))
+    assert watched.seen.all()
+    assert not torch.equal(one.l2, two.l2)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from contracts.nets import Counting, Small, decided
-from contracts.trials import COUNT, WRONG, X, assert_same, lines, model, nattack, pgd, run, stored
+from contracts.trials import COUNT, WRONG, X, assert_same, lines, model, nattack, pgd, run, stored, transfer
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD
+from lit_adv.attacks import PGD, Transfer
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.protocol import Protocol
@@ -191,3 +191,49 @@ def test_full_disk_costs_no_result(tmp_path: Path, bytes_per_file: int) -> None:
     assert outcome.examples is not None
     # what did reach the disk is sound
     assert_same(run(Trial(nattack(), model(), "images", dirpath=tmp_path)), whole)
+
+
+def test_counts_are_those_of_all_runs_and_processes(tmp_path: Path) -> None:
+    alone = Trial(transfer(), model(), "images")
+    whole = alone.outcome(run(alone))
+    parts = []
+    for rank, place in enumerate((torch.arange(0, COUNT, 2), torch.arange(1, COUNT, 2))):
+        trial = Trial(transfer(pool=5), model(), "images", dirpath=tmp_path, rank=rank, world=2)
+        parts.append(run(trial, 4, place))
+    records = Records.cat(parts).unique()
+    assert trial.outcome(records).counts == whole.counts
+    again = Trial(transfer(), model(), "images", dirpath=tmp_path)
+    assert again.outcome(run(again)).counts == whole.counts
+    for path in tmp_path.rglob("counts.*"):
+        path.write_text("{")  # a damaged file costs the remark alone
+    assert Trial(transfer(), model(), "images", dirpath=tmp_path).outcome(records).counts == {}
+
+
+def test_other_local_models_begin_anew(tmp_path: Path) -> None:
+    """Their weights decide the result, though they are no argument that can be written down."""
+    run(Trial(transfer(), model(), "images", dirpath=tmp_path))
+    attack = Transfer(PGD(ThreatModel(eps=0.008), steps=4), [Small(seed=4)])
+    watched = model()
+    run(Trial(transfer(attack=attack), watched, "images", dirpath=tmp_path))
+    assert watched.seen.all()
+    watched = model()
+    run(Trial(transfer(), watched, "images", dirpath=tmp_path))
+    assert not watched.seen.any()
+
+
+def test_a_resumed_run_knows_that_the_model_does_not_repeat_itself(tmp_path: Path) -> None:
+    class Secret(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x + 0.02 * torch.randn_like(x))
+
+    first = Trial(pgd(), Secret().eval(), "images", dirpath=tmp_path)
+    with pytest.warns(UserWarning, match="answers the same images differently"):
+        records = run(first)
+    second = Trial(pgd(), Secret().eval(), "images", dirpath=tmp_path)
+    assert_same(run(second), records)
+    assert second.outcome(records).draws == 30
+    assert second.outcome(records).notes == first.outcome(records).notes

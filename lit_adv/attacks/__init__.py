@@ -1,6 +1,28 @@
 """Attacks, one file each."""
 
+from lit_adv.attacks.baselines import DifferenceOfMeans, RandomNoise
+from lit_adv.attacks.boundary import Boundary
+from lit_adv.attacks.gen_attack import GenAttack
+from lit_adv.attacks.hop_skip_jump import HopSkipJump
 from lit_adv.attacks.nattack import NAttack
 from lit_adv.attacks.pgd import PGD
+from lit_adv.attacks.pso import PSO
+from lit_adv.attacks.simba import SimBA
+from lit_adv.attacks.square import Square
+from lit_adv.attacks.transfer import Transfer
+from lit_adv.attacks.zoo import ZOO
 
-__all__ = ["PGD", "NAttack"]
+__all__ = [
+    "PGD",
+    "PSO",
+    "ZOO",
+    "Boundary",
+    "DifferenceOfMeans",
+    "GenAttack",
+    "HopSkipJump",
+    "NAttack",
+    "RandomNoise",
+    "SimBA",
+    "Square",
+    "Transfer",
+]

@@ -105,6 +105,17 @@ class PGD(IterativeAttack):
         self.estimator, self.stop_at_hit, self.seed = estimator, stop_at_hit, seed
         self.access = Access.GRADIENT if estimator.needs_gradient else Access.PROBS
 
+    @property
+    def needs_fit(self) -> bool:
+        return self.estimator.needs_fit
+
+    @property
+    def fitted_on(self) -> str:
+        return self.estimator.fitted_on
+
+    def fit(self, images: Tensor, labels: Tensor, path: str | None = None) -> None:
+        self.estimator.fit(images, labels, path)
+
     def cost(self, shape: torch.Size, state: State | None = None) -> int:
         if isinstance(self.estimator, ProbeEstimator):
             return self.estimator.blocks(shape).size + 1

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 
+from lit_adv.answers import Output
 from lit_adv.attack import Attack
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import AttackRecords, Summary, summarize
@@ -55,7 +56,10 @@ class AttackEvaluation(Callback):
         answers: answers averaged per query of a random model, each charged.
         confirm: fresh answers that must agree before a hit counts; None: 1, or 31 for a random model.
         chunk: images per forward; None: found on the way.
-        precision: ``bf16`` searches in bfloat16 and confirms every hit in float32.
+        precision: ``bf16`` searches in bfloat16 and confirms every hit in the model's own precision; values only.
+        channels_last: whether the search lays out images with channels innermost; None: where that is faster.
+        compile: whether the search runs through ``torch.compile``.
+        output: what the model returns.
         dirpath: folder for records and images of a test, from which a broken run resumes; None: the logger's.
 
     Attributes:
@@ -79,6 +83,9 @@ class AttackEvaluation(Callback):
         confirm: int | None = None,
         chunk: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
+        channels_last: bool | None = None,
+        compile: bool = False,
+        output: Output = "logits",
         dirpath: Path | None = None,
     ) -> None:
         if every_n_epochs < 1:
@@ -86,6 +93,7 @@ class AttackEvaluation(Callback):
         self.protocol = Protocol(
             name=name, attack=attack, access=access, budget=budget, target=target, max_samples=max_samples, pool=pool,
             draws=draws, surrogate=surrogate, answers=answers, confirm=confirm, chunk=chunk, precision=precision,
+            channels_last=channels_last, compile=compile, output=output,
         )  # fmt: skip
         self.every_n_epochs, self.dirpath = every_n_epochs, dirpath
         self.outcome: Outcome | None = None
@@ -158,6 +166,7 @@ class AttackEvaluation(Callback):
             total=_images(trainer, stage),
             progress=trainer.is_global_zero and stage == "test",
             place=self._all(trainer).index(self),
+            training=getattr(data, "training_images", None),
         )
 
     def _add(self, batch: Any) -> None:

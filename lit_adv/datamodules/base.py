@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,16 @@ class ImageDataModule(LightningDataModule, ABC):
             else:
                 self._load_training()
         return self._datasets[split]
+
+    def training_images(self, most: int = 10_000) -> Batch:
+        """Training images in one piece, neither augmented nor transformed: for what an attack learns from data.
+
+        Args:
+            most: the first so many of the split's random order.
+        """
+        dataset = copy.copy(self.dataset("train"))
+        dataset.transform = None
+        return dataset.__getitems__(range(min(most, len(dataset))))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of training images, in a new order every epoch if ``shuffle``."""

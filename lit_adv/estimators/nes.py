@@ -34,7 +34,7 @@ class NES(ProbeEstimator):
     sigma: float = 1e-3
     momentum: float = 0.0
     clip: Literal["none", "box", "ball"] = "none"
-    block: int = 64
+    block: int = 62
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.samples % 2:
@@ -62,7 +62,7 @@ class NES(ProbeEstimator):
     def gather(self, told: Tensor, probes: Tensor, values: Tensor, x: Tensor, value: Tensor) -> Tensor:
         slope = (values[:, 0::2] - values[:, 1::2]).nan_to_num(0.0, 0.0, 0.0) / (self.samples * self.sigma)
         with torch.autocast(x.device.type, enabled=False):
-            return (slope.to(x.dtype).unsqueeze(1) @ told.flatten(2)).view_as(x)
+            return torch.bmm(slope.to(x.dtype).unsqueeze(1), told.flatten(2)).view_as(x)
 
     def finish(self, total: Tensor, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         if not self.momentum:

@@ -1,6 +1,7 @@
 """Train the reference targets into ``checkpoints/``: what every figure of the other experiments is measured on.
 
 ``model_a``: Model A, standard training on MNIST. ``model_a_narrow``: a quarter of its filters, adversarially trained.
+``model_b`` and ``model_d``: Models B and D, standard training: local models of transfer attacks.
 A target that is there is kept; one whose training was broken off goes on from its last epoch.
 """
 
@@ -13,7 +14,12 @@ from pathlib import Path
 from lit_adv.cli import train_main
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"model_a": "mnist_standard", "model_a_narrow": "mnist_madry_narrow"}
+TARGETS = {
+    "model_a": "mnist_standard",
+    "model_a_narrow": "mnist_madry_narrow",
+    "model_b": "mnist_standard_b",
+    "model_d": "mnist_standard_d",
+}
 
 
 def main() -> None:

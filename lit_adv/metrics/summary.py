@@ -11,8 +11,10 @@ Definitions, stated here once:
 - *Clean accuracy* and *robust accuracy* are over all images; robust: right at first and no success.
 - *Success rates* are over attacked images. *Success over all* is 1 - robust accuracy: its numerator also
   counts images wrong at first.
-- *Queries*, *iterations* and *norms* are over successes. Queries are all that an image cost; ``first_hit``
-  is what had been spent when it was first adversarial. *Curves* give the share of attacked images whose
+- *Queries*, *checks*, *iterations* and *norms* are over successes; of *attacked*: over all attacked images, failures
+  with all they cost and with the last image tried. Queries are all that an image cost, checks those of them that a
+  paper's arithmetic leaves out: its number is their difference. ``first_hit`` is what had been spent when it was
+  first adversarial. *Curves* give the share of attacked images whose
   first hit came within so many queries or steps: the denominator is fixed, and failures never arrive.
 - A rate or mean over nothing is None, never 0 or 1.
 """
@@ -94,6 +96,10 @@ class Summary:
     mean_l2: float | None
     mean_linf: float | None
     immediate: int
+    mean_queries_of_attacked: float | None
+    mean_checks_of_attacked: float | None
+    mean_l2_of_attacked: float | None
+    mean_linf_of_attacked: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the measures as a dict ready for JSON."""
@@ -284,6 +290,10 @@ def summarize(records: Records) -> Summary:
         mean_l2=_mean(hit.l2),
         mean_linf=_mean(hit.linf),
         immediate=int((hit.iterations == 0).sum()),
+        mean_queries_of_attacked=_mean(attacked.queries),
+        mean_checks_of_attacked=_mean(attacked.checks),
+        mean_l2_of_attacked=_mean(attacked.l2),
+        mean_linf_of_attacked=_mean(attacked.linf),
     )
 
 

@@ -53,10 +53,19 @@ def rendered(attack: NAttack, phi: Array, x: Array) -> Array:
     delta = image - x
     if attack.threat.norm == "linf":
         delta = np.clip(delta, -attack.threat.radius, attack.threat.radius)
-    else:
+    elif attack.threat.radius < math.inf:
         length = np.sqrt((delta**2).sum((-3, -2, -1), keepdims=True))
         delta = delta * np.minimum(1, attack.threat.radius / np.maximum(length, 1e-300))
     return np.clip(x + delta, 0, 1)
+
+
+def rewarded(attack: NAttack, scores: Tensor, y: Tensor) -> Array:
+    """Rewards of one image's population, scores (N, K)."""
+    if callable(attack.loss):
+        return attack.loss(scores[None], y, None, None)[0].numpy()
+    logs = scores.log_softmax(-1).numpy()
+    runner_up = np.delete(logs[0], int(y)).max()  # one number, of the first sample, for all
+    return -np.maximum(0, logs[:, int(y)] - runner_up)
 
 
 def brute_force(attack: NAttack, model: nn.Module, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
@@ -71,14 +80,20 @@ def brute_force(attack: NAttack, model: nn.Module, x: Tensor, y: Tensor, index: 
         for step in range(attack.steps):
             batch = torch.tensor(rendered(attack, phi + attack.sigma * noise[step][i], clean))
             with torch.no_grad():
-                rewards = attack.loss(model(batch)[None], y[i : i + 1], None, None)[0].numpy()
+                rewards = rewarded(attack, model(batch), y[i : i + 1])
+            if attack.objective == "distortion":
+                lengths = np.sqrt(((batch.numpy() - clean) ** 2).sum((1, 2, 3)))
+                rewards = attack.constant * rewards - lengths
             known = np.isfinite(rewards)
             centred = np.where(known, rewards, 0)
             if attack.zscore:
                 mean, spread = rewards[known].mean(), rewards[known].std()
                 centred = np.where(known, (rewards - mean) / (spread + 1e-7), 0)
             direction = (centred[:, None, None, None] * noise[step][i]).sum(0)
-            phi = phi + attack.step_size / (attack.samples * attack.sigma) * direction
+            if attack.sign_step:
+                phi = phi + attack.step_size * np.sign(direction)
+            else:
+                phi = phi + attack.step_size / (attack.samples * attack.sigma) * direction
         out.append(torch.tensor(rendered(attack, phi, clean)))
     return torch.stack(out)
 
@@ -101,6 +116,10 @@ CASES: dict[str, dict[str, object]] = {
     "wide start": {"samples": 10, "init_std": 0.5, "shrink": 0.1},
     "mean": {"samples": 10, "block": 3, "schedule": "mean", "check_every": 2},
     "cross-entropy": {"samples": 10, "loss": cross_entropy},
+    "released loss": {"samples": 11, "loss": "released", "block": 4},
+    "signs of the estimate": {"samples": 10, "sign_step": True, "zscore": False, "antithetic": True, "step_size": 0.01},
+    "distortion": {"samples": 11, "objective": "distortion", "constant": 0.3, "threat": ThreatModel("l2", "inf")},
+    "distortion in the ball": {"samples": 8, "objective": "distortion", "threat": ThreatModel("l2", 0.4), "block": 3},
 }
 
 
@@ -110,8 +129,8 @@ def test_update_is_the_papers_formula(name: str, steps: int) -> None:
     settings = {"threat": ThreatModel("linf", 0.05), "step_size": 0.05, "loss": margin, **CASES[name]}
     attack = NAttack(steps=steps, stop_at_hit=False, seed=3, **settings)  # type: ignore[arg-type]
     model, x, y = safe()
-    if name == "cross-entropy":
-        model.bias.data[0] = 20.0  # type: ignore[union-attr, operator]
+    if "loss" in CASES[name]:  # of the usual size, since these saturate
+        model.bias.data[0] = 12.0  # type: ignore[operator]
     index = torch.tensor([17, 4, 1000])
     result = attack(QueryOracle(model, 3, chunk=7), x, y, index=index)
     assert not result.success.any()
@@ -261,6 +280,11 @@ def test_autocast_does_not_touch_the_update() -> None:
         ({"space": "fourier"}, "space"),
         ({"schedule": "never"}, "schedule"),
         ({"init_std": -1.0}, "init_std"),
+        ({"loss": "paper"}, "loss must be a function or 'released', got 'paper'"),
+        ({"objective": "both"}, "objective must be adversarial or distortion"),
+        ({"constant": 0.0}, "constant must be > 0"),
+        ({"search_steps": 0}, "search_steps must be at least 1"),
+        ({"search_steps": 3}, "search_steps > 1 needs objective: distortion"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], named: str) -> None:

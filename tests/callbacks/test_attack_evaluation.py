@@ -124,7 +124,15 @@ def test_arguments_are_those_of_a_protocol() -> None:
         probe(every_n_epochs=0)
     with pytest.raises(ValueError, match="access 'logits' is less than PGD needs"):
         probe(access="logits")
+    with pytest.raises(
+        ValueError, match="a model with output 'labels' grants access 'label', and PGD needs 'gradient'"
+    ):
+        probe(output="labels")
     assert probe(budget=3, pool=7).protocol.budget == 3
+    given = probe(precision="bf16", channels_last=True, compile=True, chunk=9).protocol
+    assert (given.precision, given.channels_last, given.compile, given.chunk) == ("bf16", True, True, 9)
+    assert given.hastened
+    assert not probe().protocol.hastened
 
 
 def test_test_measures_are_those_of_evaluate(trained: Path) -> None:

@@ -1,5 +1,6 @@
 """Every composition and every file of a group builds what it names."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.cli import EvaluateCLI, TrainCLI
 from lit_adv.datamodules import Batch
+from lit_adv.models import DigitsNet
 from lit_adv.objectives import Objective
 from lit_adv.tasks import Task
+from lit_adv.tasks.checkpoint import FORMAT, KEY
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.logger=false"]
@@ -37,6 +40,10 @@ class Built(TrainCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in network.state_dict().items()}
 
 
 def evaluation(*arguments: str) -> EvaluateCLI:
@@ -91,6 +98,10 @@ def test_probe_is_added_to_a_training(path: Path) -> None:
 
 @pytest.mark.parametrize("path", group("attack"), ids=shown)
 def test_attack(path: Path) -> None:
+    for place in re.findall(r"checkpoints/\w+\.ckpt", path.read_text()):  # local models, which users train
+        recipe = {"class_path": "lit_adv.models.DigitsNet", "init_args": {}}
+        Path(place).parent.mkdir(exist_ok=True)
+        torch.save({KEY: {"format": FORMAT, "model": recipe}, "state_dict": weights_of(DigitsNet())}, place)
     cli = evaluation(f"--trainer.callbacks+={path}", DATA, NETWORK)
     assert sum(isinstance(callback, AttackEvaluation) for callback in cli.trainer.callbacks) == 1
 

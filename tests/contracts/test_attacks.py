@@ -35,8 +35,11 @@ FIVE = ThreatModel("linf", 0.05)
 
 
 def shrunk(tree: Any) -> Any:
-    """A configuration whose sizes are cut down for the test."""
+    """A configuration whose sizes are cut down for the test, and whose local models are tiny."""
     if isinstance(tree, dict):
+        if tree.get("class_path") == "lit_adv.tasks.Checkpoint":
+            seed = sum(map(ord, tree["init_args"]["path"]))
+            return {"class_path": "contracts.nets.Small", "init_args": {"seed": seed}}
         return {key: min(value, MODEST[key]) if key in MODEST else shrunk(value) for key, value in tree.items()}
     return [shrunk(value) for value in tree] if isinstance(tree, list) else tree
 
@@ -47,6 +50,8 @@ def configured(path: Path) -> Attack:
     parser.add_argument("--attack", type=Attack)
     config = yaml.safe_load(path.read_text())["init_args"]["attack"]
     attack: Attack = parser.instantiate(parser.parse_object({"attack": shrunk(config)})).attack
+    if attack.needs_fit:
+        attack.fit(images(40, 3), torch.arange(40) % 4)
     return attack
 
 
@@ -106,7 +111,10 @@ def assert_honest(attack: Attack, model: nn.Module, result: AttackResult, x: Ten
         trace = result.trace[result.trace[:, 0] == row]
         if won[row]:
             inside = trace[trace[:, 3] <= threat.radius * (1 + 1e-6)]
-            assert inside[0, 2] == result.first_hit[row]
+            if getattr(attack, "minimizes_distance", False):  # a nearer one of the same forward may be kept
+                assert inside[0, 2] >= result.first_hit[row]
+            else:
+                assert inside[0, 2] == result.first_hit[row]
             assert inside[-1, 3] == result.distance[row]
         assert (trace[:, 2].diff() > 0).all()
 
@@ -137,7 +145,8 @@ def test_results_are_honest_in_float32(name: str) -> None:
     assert threat.within(result.x_adv, x)[result.success].all()
     assert (decided(model, result.x_adv) != y)[result.success].all()
     if math.isfinite(threat.radius):
-        assert threat.within(result.x_adv, x).all()
+        nothing = result.distance == torch.inf  # else what is returned is the nearest adversarial image at any radius
+        assert threat.within(result.x_adv, x)[result.success | nothing].all()
 
 
 @every
@@ -147,7 +156,15 @@ def test_the_ledger_is_what_the_model_was_given(name: str, budget: int | None) -
     model = Counting(inner, x)
     attack = attack_of(name)
     result = attack(QueryOracle(model, len(x), budget=budget), x, y)
-    assert torch.equal(result.queries, model.seen)
+    if attack.access == Access.LABEL:  # it begins far from the image, where the nearest clean one says nothing
+        assert result.queries.sum() == model.seen.sum()
+        for row in range(len(x)):
+            alone = Counting(inner, x[row : row + 1])
+            index = torch.tensor([row])
+            found = attack(QueryOracle(alone, 1, budget=budget), x[index], y[index], index=index)
+            assert found.queries.tolist() == alone.seen.tolist() == result.queries[index].tolist()
+    else:
+        assert torch.equal(result.queries, model.seen)
     assert budget is None or int(result.queries.max()) <= budget
     assert_honest(attack, inner, result, x, y)
 

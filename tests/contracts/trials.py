@@ -11,7 +11,7 @@ from contracts.nets import Counting, Small, decided, images
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_adv.attacks import PGD, NAttack
+from lit_adv.attacks import PGD, NAttack, Transfer
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.protocol import Protocol
@@ -43,6 +43,12 @@ def nattack(**arguments: Any) -> Protocol:
 
 def pgd(**arguments: Any) -> Protocol:
     return Protocol(**({"name": "pgd", "attack": PGD(ThreatModel(eps=0.008), steps=4)} | arguments))
+
+
+def transfer(**arguments: Any) -> Protocol:
+    """PGD on another model, whose images are tried once."""
+    attack = Transfer(PGD(ThreatModel(eps=0.008), steps=4), [Small(seed=3)])
+    return Protocol(**({"name": "transfer", "attack": attack} | arguments))
 
 
 def batches(size: int, index: Tensor | None = None) -> list[Batch]:

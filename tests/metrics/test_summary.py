@@ -103,6 +103,9 @@ def test_summary_by_hand(eight: Records) -> None:
     assert (found.mean_iterations, found.median_iterations) == (1, 1)
     assert (found.mean_l2, found.mean_linf, found.mean_distance) == pytest.approx((2, 0.2, 0.1))
     assert (found.mean_checks, found.total_queries, found.immediate) == (1, 390, 1)
+    # attacked: queries 100, 10, 20, 60, 100, 100 and norms with 0.5, 0.5, 0.5 and 0.1, 0.1, 0.1 of the failures
+    assert (found.mean_queries_of_attacked, found.mean_checks_of_attacked) == (65, 1)
+    assert (found.mean_l2_of_attacked, found.mean_linf_of_attacked) == pytest.approx((1.25, 0.15))
     json.dumps(found.as_dict(), allow_nan=False)
 
 
@@ -116,6 +119,8 @@ def test_undefined_is_none() -> None:
         assert getattr(wrong, name) is None
     robust = summarize(table({}))
     assert (robust.success_rate, robust.mean_queries, robust.mean_l2) == (0, None, None)
+    assert (robust.mean_queries_of_attacked, robust.mean_l2_of_attacked) == (100, 0.5)
+    assert wrong.mean_queries_of_attacked is wrong.mean_l2_of_attacked is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 500])
