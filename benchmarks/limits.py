@@ -5,28 +5,35 @@ from dataclasses import dataclass
 
 import torch
 from measure import Clock, Comparison, in_turn, seconds
+from nets import MnistSmall
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD, NAttack
+from lit_adv.attack import Attack
+from lit_adv.attacks import PGD, ZOO, Boundary, GenAttack, HopSkipJump, NAttack, SimBA, Square
+from lit_adv.estimator import GradientEstimator
+from lit_adv.estimators import NES, SPSA, Bandits
 from lit_adv.models import DigitsNet, ModelA
 from lit_adv.oracle import QueryOracle
 from lit_adv.result import AttackResult
 from lit_adv.threat import ThreatModel
 
-UNREACHABLE = ThreatModel("linf", 1e-4)  # no image breaks, so all of them are asked about to the end
+TINY = 1e-4  # of a radius within which no image breaks, so that all are asked about to the end
+LONG = 10**6  # steps: the budget ends first
+MOST = {"linf": ThreatModel("linf", TINY), "l2": ThreatModel("l2", TINY)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """An attack on a model, and how many images it gets."""
+    """An attack on a model, how many images it gets, and the queries of each; None: its steps say when to end."""
 
     name: str
     model: nn.Module
     shape: tuple[int, int, int]
-    attack: PGD | NAttack
+    attack: Attack
     images: int
     sizes: tuple[int, ...]
     goal: float
+    budget: int | None = None
 
 
 @dataclass
@@ -57,6 +64,44 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
+def black_box_cases(quick: bool) -> list[Case]:
+    """Every black-box attack on a network of 0.5 M multiply-adds and on Model A, of 45 M."""
+    small, model_a = MnistSmall(), ModelA()
+    nets = [
+        ("small net", small, 2**16 if quick else 2**17, (128, 256, 512, 1024), 1.30),
+        ("Model A", model_a, 2**12 if quick else 2**13, (16, 32, 64, 128), 1.05),
+    ]
+    return [
+        Case(f"{name}, {where}", net, (1, 28, 28), attack, total // queries, sizes, own_goal or goal, queries)
+        for where, net, total, sizes, goal in nets
+        for name, attack, queries, own_goal in _black_box()
+    ]
+
+
+def _black_box() -> list[tuple[str, Attack, int, float | None]]:
+    """Names, attacks, queries per image, and a goal of their own where a row proposes one new image a step.
+
+    Those that ask one or two images of a row at a time get more rows, each with fewer queries.
+    """
+    linf, l2 = MOST["linf"], MOST["l2"]
+    return [
+        ("NES", _probing(NES(samples=50, sigma=0.01)), 640, None),
+        ("SPSA", _probing(SPSA(directions=25, direction="signs")), 640, None),
+        ("Bandits", _probing(Bandits(tile=14)), 128, None),
+        ("NAttack", NAttack(linf, LONG, samples=100), 640, None),
+        ("GenAttack", GenAttack(linf, LONG, population=10), 128, None),
+        ("ZOO", ZOO(l2, LONG, 1, early_stop=None), 640, None),
+        ("HopSkipJump", HopSkipJump(l2, LONG), 640, None),
+        ("Square", Square(linf, LONG), 128, 1.5),
+        ("SimBA", SimBA(l2, LONG), 128, 1.5),
+        ("Boundary", Boundary(l2, LONG), 128, 1.5),
+    ]
+
+
+def _probing(estimator: GradientEstimator) -> PGD:
+    return PGD(MOST["linf"], LONG, TINY / 10, random_start=False, estimator=estimator)
+
+
 def _nattack(
     name: str,
     model: nn.Module,
@@ -65,7 +110,7 @@ def _nattack(
     sizes: tuple[int, ...],
     goal: float,
 ) -> Case:
-    return Case(name, model, shape, NAttack(UNREACHABLE, steps=amount[1]), amount[0], sizes, goal)
+    return Case(name, model, shape, NAttack(MOST["linf"], steps=amount[1]), amount[0], sizes, goal)
 
 
 def _pgd(
@@ -76,19 +121,20 @@ def _pgd(
     sizes: tuple[int, ...],
     goal: float,
 ) -> Case:
-    return Case(name, model, shape, PGD(UNREACHABLE, steps=amount[2]), 8 * amount[0], sizes, goal)
+    return Case(name, model, shape, PGD(MOST["linf"], steps=amount[2]), 8 * amount[0], sizes, goal)
 
 
 def compare(case: Case, device: torch.device, repetitions: int, clock: Clock) -> Comparison:
     """Time one attack against the passes that it made."""
     model = case.model.to(device).eval()
+    _balance(model, case.shape, device)
     x, y = _sure_images(model, case.images, case.shape, device)
     count = Count()
     handle = model.register_forward_pre_hook(count)
     _attack(case, model, x, y)
     handle.remove()
     differentiates = count.differentiated > 0
-    size = _best_size(case, model, device, differentiates, clock)
+    size = best_size(model, case.shape, case.sizes, clock, device, differentiates)
     batch = torch.rand(size, *case.shape, device=device)
 
     def baseline() -> None:
@@ -102,10 +148,17 @@ def compare(case: Case, device: torch.device, repetitions: int, clock: Clock) ->
 
 
 def _attack(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
-    result: AttackResult = case.attack(QueryOracle(model, len(x)), x, y)
+    result: AttackResult = case.attack(QueryOracle(model, len(x), budget=case.budget), x, y)
     if result.success.any():
-        raise RuntimeError(f"{case.name}: an image broke at eps {UNREACHABLE.eps}, so the count of images is off")
+        raise RuntimeError(f"{case.name}: an image broke at eps {TINY}, so the count of images is off")
     return result
+
+
+@torch.no_grad()
+def _balance(model: nn.Module, shape: Sequence[int], device: torch.device) -> None:
+    """Make an untrained network decide differently on different noise, where decision-based attacks begin."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.bias.sub_(model(torch.rand(256, *shape, device=device)).mean(0))
 
 
 def _sure_images(model: nn.Module, count: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,15 +170,21 @@ def _sure_images(model: nn.Module, count: int, shape: Sequence[int], device: tor
     return x[chosen], top.indices[chosen, 0]
 
 
-def _best_size(case: Case, model: nn.Module, device: torch.device, differentiates: bool, clock: Clock) -> int:
-    """The fastest batch size, each tried five times in turn."""
+def best_size(
+    model: nn.Module,
+    shape: Sequence[int],
+    sizes: Sequence[int],
+    clock: Clock,
+    device: torch.device | None = None,
+    differentiates: bool = False,
+) -> int:
+    """The fastest batch size of a forward, or of a forward and backward; each is tried five times in turn."""
     one = _forward_backward if differentiates else _forward
-    images = max(case.sizes)
-    batches = {size: torch.rand(size, *case.shape, device=device) for size in case.sizes}
-    fastest = dict.fromkeys(case.sizes, float("inf"))
+    batches = {size: torch.rand(size, *shape, device=device) for size in sizes}
+    fastest = dict.fromkeys(sizes, float("inf"))
     for _ in range(5):
         for size, batch in batches.items():
-            took = seconds(lambda batch=batch: _passes(one, model, batch, images), clock)  # type: ignore[misc]
+            took = seconds(lambda batch=batch: _passes(one, model, batch, max(sizes)), clock)  # type: ignore[misc]
             fastest[size] = min(fastest[size], took)
     return min(fastest, key=lambda size: fastest[size])
 

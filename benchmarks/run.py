@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lit_adv.cli import keep_memory
 
-PARTS = ("attacks", "training", "startup")
+PARTS = ("attacks", "black-box", "training", "startup")
 
 
 def main() -> None:
@@ -55,6 +55,9 @@ def _comparisons(options: argparse.Namespace) -> Iterator[Comparison]:
     repetitions = 3 if options.quick else 5
     if "attacks" in options.only:
         for attack in limits.cases(options.quick):
+            yield limits.compare(attack, options.device, repetitions, clock)
+    if "black-box" in options.only:
+        for attack in limits.black_box_cases(options.quick):
             yield limits.compare(attack, options.device, repetitions, clock)
     if "training" in options.only:
         for case in training.cases(options.quick):

@@ -26,8 +26,9 @@ def fast_copy(
     layers, say) runs under autocast instead, and if that fails too, as it is; the first forward tells. The copy is
     frozen, in eval mode, and made of the weights of now: make a new one after training on.
 
-    bfloat16 has 8 significant bits, which pixels and hidden values are rounded to. Attacks whose candidates differ
-    by less than some 1/256 (finite differences with a step of 0.001) see rounding instead of differences.
+    bfloat16 has 8 significant bits, so the two decide differently close to the boundary between classes. Attacks that
+    keep to that boundary (HopSkipJump, Boundary) lose much by it: the model does not confirm many of their hits.
+    Scores lose little; differences of scores at steps below 1/256 are the noisier for it.
 
     Args:
         model: the deployed model, images (n, C, H, W) to logits; never changed. A random Defense keeps its ``draws``.

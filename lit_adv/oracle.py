@@ -197,7 +197,7 @@ class QueryOracle:
         return self._deployed(x, draws)
 
     def _labels(self, flat: Tensor, draws: Draws | None) -> Tensor:
-        ask = self._deployed if self.fast is None else (lambda x, _: self._fast(x))
+        ask = self._deployed if self.fast is None else self._fast
         return self._decide(self._in_chunks(ask, flat, draws))
 
     def _decide(self, answer: Tensor) -> Tensor:
@@ -214,12 +214,13 @@ class QueryOracle:
 
     def _fast_or_deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.answers > 1 and self.stochastic:
-            return cast(Defense, self.model).averaged(x, self.answers, draws=draws)
-        return self._deployed(x, draws) if self.fast is None else self._fast(x)
+            return cast(Defense, self.fast or self.model).averaged(x, self.answers, draws=draws)
+        return self._deployed(x, draws) if self.fast is None else self._fast(x, draws)
 
-    def _fast(self, x: Tensor) -> Tensor:
+    def _fast(self, x: Tensor, draws: Draws | None) -> Tensor:
         assert self.fast is not None
-        return self.fast(self._cast(x))
+        x = self._cast(x)
+        return self.fast(x) if draws is None else self.fast(x, draws=draws)
 
     def _deployed(self, x: Tensor, draws: Draws | None) -> Tensor:
         x = self._cast(x)

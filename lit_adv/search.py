@@ -143,8 +143,7 @@ class Search:
             if hit is not None:  # seldom: what follows is only done then
                 order = torch.arange(1, hit.shape[1] + 1, device=x.device).expand(hit.shape)
                 spent = before[:, None] + each * (order if paid is None else paid.cumsum(1))
-                found = hit.any(1).nonzero().squeeze(1)
-                self._keep(_unpacked(x.detach(), found, len(state), asked), hit[found], state[found], spent[found])
+                self._keep(x.detach(), hit, state, spent, asked)
         return answer
 
     def _rounded(self, x: Tensor, state: State, asked: Tensor | None) -> Tensor:
@@ -214,38 +213,47 @@ class Search:
         hit = hit & (~answer.isnan().any(-1) if scored else answer >= 0)
         return hit.view(len(hit), -1) if hit.any() else None
 
-    def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor) -> None:
+    def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor, asked: Tensor | None) -> None:
         """Keep the first (or nearest) adversarial candidate of each row.
 
-        Shape: x (n, s, C, H, W), hit (n, s), spent (n, s): queries up to each.
+        Shape: x (n, [s,] C, H, W) or packed by ``asked``, hit (n, s), spent (n, s): queries up to each.
         """
-        flat, samples = x.flatten(0, 1), x.shape[1]
-        x0 = state.x0.repeat_interleave(samples, 0)
-        hit = hit & self.threat.in_box(flat).view(hit.shape)  # what is no image is no adversarial image
-        valid = hit & self.threat.within(flat, x0).view(hit.shape)
-        if not self.attack.minimizes_distance:
-            hit = valid  # what an estimator asks outside the ball is a probe and no result
-        distance = self.threat.distance(flat, x0).view(hit.shape).masked_fill(~hit, torch.inf)
-        if self._keeps_nearest:
-            place = distance.argmin(1)
-        else:  # the earliest valid one; where none is, the nearest outside
-            place = torch.where(valid.any(1), valid.int().argmax(1), distance.argmin(1))
-        every = torch.arange(len(x), device=x.device)
-        first = spent[every, valid.int().argmax(1)]  # queries up to the first valid one, whichever is kept
-        near, valid = distance[every, place], valid[every, place]
-        better = self._better(near, valid, state.rows)
-        kept = better.nonzero().squeeze(1)
+        owner, column = hit.nonzero().unbind(1)
+        images = _picked(x, owner, column, asked)
+        near = self.threat.distance(images, state.x0[owner])
+        near = near.masked_fill(~self.threat.in_box(images), torch.inf)  # what is no image is no adversarial image
+        valid = (near <= self.threat.reach(images)) & near.isfinite()
+        # what an estimator asks outside the ball is a probe and no result
+        wanted = near.isfinite() if self.attack.minimizes_distance else valid
+        if not wanted.any():
+            return
+        samples = hit.shape[1]
+        # the nearest; or the earliest valid one, and where none is, the nearest outside
+        key = near if self._keeps_nearest else torch.where(valid, column.to(near.dtype), samples + near)
+        table = near.new_full(hit.shape, torch.inf)
+        table[owner, column] = key.masked_fill(~wanted, torch.inf)
+        least, place = table.min(1)
+        kept = least.isfinite().nonzero().squeeze(1)
+        number = column.new_zeros(hit.shape)
+        number[owner, column] = torch.arange(len(column), device=x.device)
+        chosen = number[kept, place[kept]]
+        better = self._better(near[chosen], valid[chosen], state.rows[kept])
+        kept, chosen = kept[better], chosen[better]
         if not len(kept):
             return
-        x, rows = x[kept, place[kept]], state.rows[kept]
-        spent, first = spent[kept, place[kept]], first[kept]
-        t, near, valid, y = state.t[kept], near[kept], valid[kept], state.y[kept]
+        earliest = column.new_full(hit.shape, samples - 1)
+        earliest[owner, column] = torch.where(valid, column, samples - 1)
+        first = spent[kept, earliest.amin(1)[kept]]  # queries up to the first valid one, whichever is kept
+        self._confirm(images[chosen], state[kept], near[chosen], valid[chosen], spent[kept, place[kept]], first)
+
+    def _confirm(self, x: Tensor, state: State, near: Tensor, valid: Tensor, spent: Tensor, first: Tensor) -> None:
+        """Write hits down, one a row; doubtful ones only if fresh answers of the deployed model agree."""
+        rows, t = state.rows, state.t
         if self.oracle.doubtful:
             before = self.oracle.queries[rows]
             label = self.oracle.confirm(x, rows)
             self.checks[rows] += self.oracle.queries[rows] - before
-            target = None if state.target is None else state.target[kept]
-            sure = is_adversarial(label, y, target, self.reject) & (label >= 0)
+            sure = is_adversarial(label, state.y, state.target, self.reject) & (label >= 0)
             x, rows, t, near, valid = x[sure], rows[sure], t[sure], near[sure], valid[sure]
             spent = first = self.oracle.queries[rows]
         self._record(x, rows, t, near, valid, spent, first)
@@ -368,14 +376,10 @@ class Search:
         )
 
 
-def _unpacked(x: Tensor, found: Tensor, rows: int, asked: Tensor | None) -> Tensor:
-    """The images of some rows, (f, s, C, H, W), from any of the forms in which they may be asked."""
+def _picked(x: Tensor, owner: Tensor, column: Tensor, asked: Tensor | None) -> Tensor:
+    """Some of the images, (h, C, H, W), by row and sample, from any of the forms in which they may be asked."""
     if x.dim() == 5:
-        return x[found]
+        return x[owner, column]
     if asked is None:
-        return x[found].unsqueeze(1)
-    chosen = torch.zeros(rows, dtype=torch.bool, device=x.device)
-    chosen[found] = True
-    images = x.new_zeros(len(found), asked.shape[1], *x.shape[1:])
-    images[asked[found]] = x[chosen[asked.nonzero()[:, 0]]]
-    return images
+        return x[owner]
+    return x[(asked.flatten().cumsum(0) - 1).view(asked.shape)[owner, column]]

@@ -79,8 +79,11 @@ class ThreatModel:
         Args:
             dtype: in which the pixels were rounded, where ``x`` has been cast since.
         """
-        limit = self.radius * (1 + 1e-6) + self._rounding(dtype or x.dtype, x[0].numel() if len(x) else 1)
-        return self.in_box(x) & (self.distance(x, x0) <= limit)
+        return self.in_box(x) & (self.distance(x, x0) <= self.reach(x, dtype))
+
+    def reach(self, x: Tensor, dtype: torch.dtype | None = None) -> float:
+        """The largest distance that :meth:`within` allows images of this size."""
+        return self.radius * (1 + 1e-6) + self._rounding(dtype or x.dtype, x[0].numel() if len(x) else 1)
 
     def _rounding(self, dtype: torch.dtype, pixels: int) -> float:
         """How far rounding may carry a point of the ball's surface outside: half a unit per pixel, twice in linf."""
@@ -151,7 +154,7 @@ class ThreatModel:
             return nearest
         inward = torch.where(x >= x0, (x * levels + 1e-4).floor(), (x * levels - 1e-4).ceil()) / levels
         clean = ((x0 * levels).round() / levels).expand_as(x)
-        limit = self.radius * (1 + 1e-6) + self._rounding(x.dtype, x[0].numel() if len(x) else 1)
+        limit = self.reach(x)
         for step in (inward, clean):
             delta = nearest - x0
             outside = delta.abs() > limit

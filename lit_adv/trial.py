@@ -255,12 +255,13 @@ class Trial:
         protocol = self.protocol
         if not protocol.hastened:
             return None
-        random = getattr(self.model, "stochastic", False)  # its draws would not reach a stand-in
-        if random or protocol.attack.access == Access.GRADIENT:
-            reason = "the model is random" if random else f"{type(protocol.attack).__name__} needs gradients"
+        access, name = protocol.attack.access, type(protocol.attack).__name__
+        if access in (Access.GRADIENT, Access.LABEL):
+            # a search along the boundary keeps to the stand-in's, where the model itself seldom agrees
+            reason = "needs gradients" if access == Access.GRADIENT else "walks along the boundary by labels"
             warnings.warn(
-                f"{protocol.name}: precision, channels_last and compile are for attacks that read values of a "
-                f"deterministic model; {reason}, so the model is asked as it is",
+                f"{protocol.name}: precision, channels_last and compile are for attacks that read scores; {name} "
+                f"{reason}, so the model is asked as it is",
                 stacklevel=5,
             )
             return None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contracts.nets import Noisy, Small, decided
-from contracts.trials import COUNT, WRONG, X, Y, assert_same, model, nattack, pgd, run, transfer
+from contracts.trials import COUNT, WRONG, X, Y, assert_same, batches, model, nattack, pgd, run, transfer
 from torch import Tensor, nn
 
 from lit_adv.attacks import PGD, DifferenceOfMeans, HopSkipJump
@@ -325,19 +325,32 @@ def test_a_stand_in_answers_the_search_and_the_model_has_the_last_word(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("protocol", "deployed", "reason"),
+    ("protocol", "reason"),
     [
-        (pgd(precision="bf16"), Small(), "PGD needs gradients"),
-        (nattack(compile=True), Noisy(Small(), 4, noise=0.02), "the model is random"),
+        (pgd(precision="bf16"), "PGD needs gradients"),
+        (Protocol(name="hsj", attack=HopSkipJump(steps=1), budget=40, compile=True), "HopSkipJump walks along"),
     ],
-    ids=["gradients", "random"],
+    ids=["gradients", "labels"],
 )
-def test_who_goes_without_a_stand_in_is_told(protocol: Protocol, deployed: nn.Module, reason: str) -> None:
+def test_who_goes_without_a_stand_in_is_told(protocol: Protocol, reason: str) -> None:
     plain = Protocol(**{**vars(protocol), "precision": "fp32", "compile": False})
-    with pytest.warns(UserWarning, match=f"{protocol.name}: precision, .* deterministic model; {reason}") as caught:
-        records = run(Trial(protocol, deployed.eval()))
+    with pytest.warns(UserWarning, match=f"{protocol.name}: precision, .* read scores; {reason}") as caught:
+        records = run(Trial(protocol, Small().eval()))
     assert len(caught) == 1
-    assert_same(records, run(Trial(plain, deployed.eval())))
+    assert_same(records, run(Trial(plain, Small().eval())))
+
+
+def test_a_random_model_has_a_stand_in_with_its_own_numbers() -> None:
+    protocol = nattack(precision="bf16", draws=5, confirm=3)
+    model = Noisy(Small().float(), 4, noise=0.02).eval()
+    first, second = (Trial(protocol, model) for _ in range(2))
+    for trial, size in ((first, 5), (second, 13)):
+        for batch in batches(size):
+            trial.add(Batch(batch.image.float(), batch.label, batch.index))
+    one, other = first.close().unique(), second.close().unique()
+    assert torch.equal(one.queries, other.queries)
+    assert one.verified.any()
+    assert first._fast is not None
 
 
 def test_labels_where_scores_were_promised_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,8 @@ class GenAttack(IterativeAttack):
         adaptive: mutate all values in the first ten generations, then widely, and less so after every plateau (100
             generations without progress, 300 while the wanted class is 0.4 or more behind).
         latent: largest side of the perturbation, up-sampled bilinearly to the image; None for the image's own.
+        init: the first members: ``uniform`` in the ball, as in algorithm 1, or the clean image ``mutated``, as in the
+            released code.
         loss: fitness of a member.
         block: most members per image in one forward.
         stop_at_hit: False runs all generations.
@@ -96,6 +99,7 @@ class GenAttack(IterativeAttack):
         temperature: float = 0.1,
         adaptive: bool = False,
         latent: int | None = None,
+        init: Literal["uniform", "mutated"] = "uniform",
         loss: Loss = log_odds,
         block: int = 32,
         stop_at_hit: bool = True,
@@ -116,6 +120,9 @@ class GenAttack(IterativeAttack):
             raise ValueError(f"alpha and temperature must be positive, e.g. 0.25 and 0.1, got {alpha}, {temperature}")
         self.threat, self.steps, self.population, self.mutation_rate = threat, steps, population, mutation_rate
         self.alpha, self.temperature, self.adaptive, self.latent = alpha, temperature, adaptive, latent
+        if init not in ("uniform", "mutated"):
+            raise ValueError(f"init must be uniform or mutated, got {init!r}")
+        self.init = init
         self.loss, self.block, self.stop_at_hit, self.seed = loss, block, stop_at_hit, seed
 
     def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
@@ -129,10 +136,11 @@ class GenAttack(IterativeAttack):
         size = [side if self.latent is None else min(side, self.latent) for side in x0.shape[2:]]
         uniform = search.starting_draws(rows).uniform(self.population, x0.shape[1], *size, dtype=x0.dtype)
         rate = torch.full((len(rows),), self.mutation_rate, device=x0.device)
+        members = uniform.mul_(2).sub_(1) if self.init == "uniform" else mutations(uniform, rate)
         unknown = torch.full((len(rows), self.population), torch.nan, dtype=torch.float64, device=x0.device)
         state = GenAttackState(
             **fields,
-            members=mutations(uniform, rate).mul_(self.threat.radius),
+            members=members.mul_(self.threat.radius),
             asked=torch.zeros_like(rows),
             fitness=unknown,
             lead=unknown.clone(),

@@ -79,9 +79,16 @@ def test_mutations_are_rare_and_uniform(rate: float) -> None:
     assert stats.kstest(happened.flatten().numpy(), "uniform", args=(-1, 2)).pvalue > 1e-4
 
 
-def test_the_first_generation_is_made_of_mutations_of_the_image() -> None:
+def test_the_first_generation_is_uniform_in_the_ball() -> None:
     model, x, y = safe(count=40)
-    _, state = begun(GenAttack(EPS, population=5, mutation_rate=0.2), model, x, y)
+    _, state = begun(GenAttack(EPS, population=5), model, x, y)
+    assert stats.kstest(state.members.flatten().numpy(), "uniform", args=(-0.05, 0.1)).pvalue > 1e-4
+    assert not torch.equal(state.members[0, 0], state.members[0, 1])
+
+
+def test_the_first_generation_may_be_made_of_mutations_of_the_image() -> None:
+    model, x, y = safe(count=40)
+    _, state = begun(GenAttack(EPS, population=5, mutation_rate=0.2, init="mutated"), model, x, y)
     assert state.members.abs().max() <= 0.05
     assert (state.members != 0).double().mean().item() == pytest.approx(0.2, abs=0.01)
     assert not torch.equal(state.members[0, 0], state.members[0, 1])

@@ -103,7 +103,7 @@ def test_radius_and_step_grow_linearly(model: nn.Module, batch: Batch, epoch: fl
 
 
 def test_fresh_random_starts_come_from_the_global_generator(model: nn.Module, batch: Batch) -> None:
-    objective = Madry(PGD(ThreatModel(eps=0.1), steps=1))
+    objective = Madry(PGD(ThreatModel(eps=0.1), steps=1, step_size=0.02))
     model.eval()
     torch.manual_seed(3)
     first, second = (objective.perturb(model, batch.image, batch.label) for _ in range(2))
