@@ -192,6 +192,8 @@ class IterativeAttack(Attack):
         while len(state) or len(waiting):
             room = self._room(search, state, each)
             if room > 0 and len(waiting):
+                few = len(waiting) - room <= (room + len(state)) // 4  # a few stragglers alone would not fill forwards
+                room = len(waiting) if few else room
                 state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
             state, anew = search.retire(state)
             if len(anew):

@@ -29,7 +29,8 @@ class Chunk:
         self._seen += 1
         if self._seen > 1:
             self._best = max(self._best, images / (seconds + _AROUND))
-        if self._seen < 4:
+        plain = self._seen > 1 and self._best > 1.2 * self._previous_rate  # short attacks cannot wait for more
+        if self._seen < 4 and not plain:
             return
         if self._best < 1.05 * self._previous_rate:
             if self._seen < 16:  # a busy machine makes single forwards slow

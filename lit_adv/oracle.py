@@ -240,7 +240,7 @@ class QueryOracle:
         done = 0
         with torch.no_grad():
             while done < len(flat):
-                part = flat[done : done + self.chunk]
+                part = flat[done : done + self._share(len(flat) - done)]
                 keyed = None if draws is None else draws[torch.arange(done, done + len(part), device=flat.device)]
                 try:
                     parts.append(self._timed(ask, part, keyed))
@@ -251,6 +251,12 @@ class QueryOracle:
         if not parts:
             return self._timed(ask, flat, None if draws is None else draws)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _share(self, images: int) -> int:
+        """Images of the next forward: equal shares, so that no forward is nearly empty."""
+        if not self.chunk_tuner.settled:  # which learns from full ones
+            return self.chunk
+        return -(-images // -(-images // self.chunk))
 
     def _timed(self, ask: Callable[[Tensor, Draws | None], Tensor], part: Tensor, draws: Draws | None) -> Tensor:
         if self.chunk_tuner.settled:
