@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_adv.chunk import Chunk
 from lit_adv.draws import Draws
 
-if TYPE_CHECKING:
-    from lit_adv.oracle import QueryOracle
+
+class Asked(Protocol):
+    """What is needed of an oracle, see :class:`lit_adv.oracle.QueryOracle`."""
+
+    model: nn.Module
+    chunk_tuner: Chunk
+
+    @property
+    def chunk(self) -> int: ...
+
+    def _now(self, device: torch.device) -> float: ...
+
+    def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor: ...
+
+    def _checked(self, answer: Tensor, images: int) -> Tensor: ...
+
+    def _in_chunks(
+        self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None
+    ) -> Tensor: ...
 
 
 class Differentiable(torch.autograd.Function):
@@ -21,7 +40,7 @@ class Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, oracle: QueryOracle, draws: Draws | None) -> Tensor:
+    def forward(ctx: Any, flat: Tensor, oracle: Asked, draws: Draws | None) -> Tensor:
         ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
         if len(flat) <= oracle.chunk:
             try:
@@ -62,7 +81,7 @@ class Differentiable(torch.autograd.Function):
         return gradient, None, None
 
 
-def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+def _graph(oracle: Asked, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
@@ -71,14 +90,14 @@ def _graph(oracle: QueryOracle, x: Tensor, draws: Draws | None) -> tuple[Tensor,
     return leaf, answer
 
 
-def _gradient(oracle: QueryOracle, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
+def _gradient(oracle: Asked, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
     if gradient is None:
         raise _no_gradient(oracle)
     return gradient
 
 
-def _no_gradient(oracle: QueryOracle) -> ValueError:
+def _no_gradient(oracle: Asked) -> ValueError:
     return ValueError(
         f"{type(oracle.model).__name__} gives answers without a gradient with respect to the images: it detaches or "
         "rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_adv.attack import IterativeAttack, Search, State, check_threat
-from lit_adv.losses import is_adversarial
 from lit_adv.oracle import Access, QueryOracle
+from lit_adv.parts import part_of, places_of, rows_of, wide, won_by
 from lit_adv.threat import ThreatModel
 
 Starts = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -143,7 +143,7 @@ class Boundary(IterativeAttack):
         state.inside = (state.phase != WALK) & ~state.done
         if bool(state.inside.any()):
             self._begin(search, state)
-        walking = _places((state.phase == WALK) & ~state.inside & ~state.done)
+        walking = places_of((state.phase == WALK) & ~state.inside & ~state.done)
         if len(walking):
             self._walk(search, state, walking)
         state.size = self._sizes(state)
@@ -152,7 +152,7 @@ class Boundary(IterativeAttack):
     def _sizes(self, state: BoundaryState) -> Tensor:
         """Images that each row asks about in its next pass: (n,)."""
         size = torch.ones_like(state.number)
-        trying = _places((state.phase == TRY) & (state.number >= 16))
+        trying = places_of((state.phase == TRY) & (state.number >= 16))
         if len(trying):
             number = state.number[trying]
             size[trying] = (number // 8).clamp_max(self.block).minimum(self.init_tries - number).clamp_min(1)
@@ -162,19 +162,19 @@ class Boundary(IterativeAttack):
         """Ask for the rows that have no image yet to walk from."""
         trying = state.inside & (state.phase == TRY)
         for group in (trying & (state.size == 1), trying & (state.size > 1)):  # few at first: most hit at once
-            rows = _places(group)
+            rows = places_of(group)
             if len(rows):
                 self._try(search, state, rows)
-        rows = _places(state.inside & (state.phase == BLEND) & ~trying)
+        rows = places_of(state.inside & (state.phase == BLEND) & ~trying)
         if len(rows):
             self._blend(search, state, rows)
 
     def _try(self, search: Search, state: BoundaryState, rows: Tensor) -> None:
         """Ask about the next images in search of a beginning; give up after the last."""
-        part, size = _part(state, rows), state.size[rows]
+        part, size = part_of(state, rows), state.size[rows]
         images = self._tries(search, part, state.number[rows], int(size.max()))
         asked = torch.arange(images.shape[1], device=rows.device) < size[:, None]
-        won = _won(search.label(images, part, asked=asked), part, search)
+        won = won_by(search.label(images, part, asked=asked), part, search)
         state.number[rows] += size
         found = won.any(1)
         state.done[rows] = ~found & (state.number[rows] >= self.init_tries)
@@ -187,7 +187,7 @@ class Boundary(IterativeAttack):
         low, high = self.threat.box
         draws, shape = search.draws(part, key=_TRIES), part.x0.shape[1:]
         images = draws.uniform(width, *shape, first=number, low=low, high=high, dtype=part.x0.dtype)
-        first = _places(number == 0)
+        first = places_of(number == 0)
         if self.starts is not None and len(first):
             target = None if part.target is None else part.target[first]
             given = self.starts(part.x0[first], part.y[first], target)
@@ -199,20 +199,20 @@ class Boundary(IterativeAttack):
 
     def _blend(self, search: Search, state: BoundaryState, rows: Tensor) -> None:
         """Bisect between the image and the noise; walk from where the two ends are close."""
-        part, x = _part(state, rows), state.x[rows]
+        part, x = part_of(state, rows), state.x[rows]
         middle = (state.low[rows] + state.high[rows]) / 2
-        won = _won(search.label(torch.lerp(part.x0, x, _wide(middle, x)), part), part, search)
+        won = won_by(search.label(torch.lerp(part.x0, x, wide(middle, x)), part), part, search)
         low, high = torch.where(won, state.low[rows], middle), torch.where(won, middle, state.high[rows])
         state.low[rows], state.high[rows] = low, high
         near = high - low <= _BLENDED
-        state.x[rows[near]] = torch.lerp(part.x0[near], x[near], _wide(high[near], x))
+        state.x[rows[near]] = torch.lerp(part.x0[near], x[near], wide(high[near], x))
         state.phase[rows[near]] = WALK
 
     def _walk(self, search: Search, state: BoundaryState, rows: Tensor) -> None:
         """Ask about a step of every row, and at times about the sphere it passes."""
-        part, x, rates = _part(state, rows), _of(state.x, rows), _of(state.rates, rows)
+        part, x, rates = part_of(state, rows), rows_of(state.x, rows), rows_of(state.rates, rows)
         sphere, images, nearer = self._steps(search, part, x, rates)
-        won = _won(search.label(images, part), part, search)
+        won = won_by(search.label(images, part), part, search)
         moved = won & nearer
         due = (part.t + 1) % self.check_every == 0
         if len(rows) == len(state):
@@ -220,10 +220,10 @@ class Boundary(IterativeAttack):
         else:
             state.x[rows[moved]] = images[moved]
         if bool(due.any()):
-            places = _places(due & (search.oracle.remaining(part.rows) > 0) & ~search.won(part))
+            places = places_of(due & (search.oracle.remaining(part.rows) > 0) & ~search.won(part))
             if len(places):
                 asking = part[places]
-                spherical = _won(search.label(sphere[places], asking), asking, search)
+                spherical = won_by(search.label(sphere[places], asking), asking, search)
                 self._adapt(state, rows[places], torch.stack([spherical, won[places]], 1))
 
     def _steps(self, search: Search, part: State, x: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,12 +243,12 @@ class Boundary(IterativeAttack):
         spherical, source = rates.to(x.dtype).unbind(1)
         shrink = 1 / (1 + spherical * spherical).sqrt()
         factor = shrink * spherical * radius / across
-        noise.mul_(_wide(factor, x)).sub_(way.mul_(_wide(shrink + factor * along / radius, x)))
+        noise.mul_(wide(factor, x)).sub_(way.mul_(wide(shrink + factor * along / radius, x)))
         sphere = noise.add_(part.x0).clamp_(*low_high)
         inward = torch.sub(part.x0, sphere, out=way)
         length = inward.flatten(1).norm(dim=1).clamp_min(1e-30)
         share = ((source * radius + length - radius) / length).clamp(0, 1)
-        images = torch.addcmul(sphere, inward, _wide(share, x), out=inward)
+        images = torch.addcmul(sphere, inward, wide(share, x), out=inward)
         return sphere, images, (1 - share) * length < radius
 
     def _adapt(self, state: BoundaryState, rows: Tensor, won: Tensor) -> None:
@@ -273,29 +273,3 @@ class Boundary(IterativeAttack):
         self, oracle: QueryOracle | torch.nn.Module, x: Tensor, y: Tensor, target: Tensor | None, index: Tensor | None
     ) -> Tensor:
         return self.threat.project(super()._perturb(oracle, x, y, target, index), x)  # the walk is outside the ball
-
-
-def _places(mask: Tensor) -> Tensor:
-    return mask.nonzero().squeeze(1)
-
-
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype)[:, None, None, None]
-
-
-def _of(value: Tensor, rows: Tensor) -> Tensor:
-    """The entries of some rows; where these are all, the very tensor, which is then not to be written to."""
-    return value if len(rows) == len(value) else value[rows]
-
-
-def _part(state: State, rows: Tensor) -> State:
-    """What a search must know of some rows that ask."""
-    target = None if state.target is None else _of(state.target, rows)
-    x0, flags = _of(state.x0, rows), _of(state.done, rows)
-    y, places, t = (_of(value, rows) for value in (state.y, state.rows, state.t))
-    return State(x=x0, x0=x0, y=y, target=target, rows=places, t=t, done=flags, inside=flags)
-
-
-def _won(label: Tensor, part: State, search: Search) -> Tensor:
-    """Whether each answer is adversarial; one that is not known is not."""
-    return is_adversarial(label, part.y, part.target, search.reject) & (label >= 0)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lit_adv.attack import IterativeAttack, Search, State, check_threat
 from lit_adv.draws import Draws
-from lit_adv.losses import is_adversarial
 from lit_adv.oracle import Access, QueryOracle
+from lit_adv.parts import part_of, places_of, rows_of, wide, won_by
 from lit_adv.threat import ThreatModel
 
 Starts = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -146,13 +146,13 @@ class HopSkipJump(IterativeAttack):
         state.inside = ~state.done
         probing = state.phase == ESTIMATE
         several = (state.size > 1) & ~probing
-        single = _places(~(probing | several | state.done))
+        single = places_of(~(probing | several | state.done))
         if len(single):
             self._ask_one(search, state, single)
-        rows = _places(several)
+        rows = places_of(several)
         if len(rows):
             self._ask_tries(search, state, rows)
-        rows = self._turn(search, state, _places(probing), len(single))
+        rows = self._turn(search, state, places_of(probing), len(single))
         if len(rows):
             near = self._near(state, rows)
             for offered, group in [(False, rows)] if near is None else [(False, rows[~near]), (True, rows[near])]:
@@ -167,7 +167,7 @@ class HopSkipJump(IterativeAttack):
         blocks = (total + self.block - 1) // self.block
         probes = torch.minimum((total + blocks - 1) // blocks, total - state.number)
         size = torch.where(state.phase == ESTIMATE, probes, 1)
-        trying = _places((state.phase == TRY) & (state.number >= 16))
+        trying = places_of((state.phase == TRY) & (state.number >= 16))
         if len(trying):
             number = state.number[trying]
             size[trying] = (number // 8).clamp_max(self.block).minimum(self.init_tries - number).clamp_min(1)
@@ -188,30 +188,30 @@ class HopSkipJump(IterativeAttack):
         """Which rows have probes that may lie within the radius; None where none has."""
         if not math.isfinite(self.threat.radius):
             return None
-        near = _of(state.length, rows) - self._delta(state, rows) <= self.threat.radius
+        near = rows_of(state.length, rows) - self._delta(state, rows) <= self.threat.radius
         return near if bool(near.any()) else None
 
     def _delta(self, state: HopSkipJumpState, rows: Tensor) -> Tensor:
         """Distance of the probes, (n,) float64: sqrt(d) theta (l2) or d theta (linf) times the distance."""
         low, high = self.threat.box
-        later = _of(state.span, rows) * (self.gamma / state.x[0].numel())
-        return torch.where(_of(state.t, rows) == 0, 0.1 * (high - low), later)
+        later = rows_of(state.span, rows) * (self.gamma / state.x[0].numel())
+        return torch.where(rows_of(state.t, rows) == 0, 0.1 * (high - low), later)
 
     def _ask_one(self, search: Search, state: HopSkipJumpState, rows: Tensor) -> None:
         """Ask the one image of every row that is trying, bisecting or stepping."""
-        phase, x, part = _of(state.phase, rows), _of(state.x, rows), _part(state, rows)
-        trying, stepping = _places(phase == TRY), _places(phase == STEP)
+        phase, x, part = rows_of(state.phase, rows), rows_of(state.x, rows), part_of(state, rows)
+        trying, stepping = places_of(phase == TRY), places_of(phase == STEP)
         others = len(trying) + len(stepping) > 0
-        bisecting = _places((phase != TRY) & (phase != STEP)) if others else rows
-        middle = (_of(state.low, rows) + _of(state.high, rows)) / 2
+        bisecting = places_of((phase != TRY) & (phase != STEP)) if others else rows
+        middle = (rows_of(state.low, rows) + rows_of(state.high, rows)) / 2
         images = self._between(x, part.x0, middle, phase)
         if len(trying):
             images[trying] = self._tries(search, state, rows[trying], 1).squeeze(1)
         if len(stepping):
-            update = state.told[rows[stepping], 0].mul_(_wide(state.length[rows[stepping]], x))
+            update = state.told[rows[stepping], 0].mul_(wide(state.length[rows[stepping]], x))
             images[stepping] = update.add_(x[stepping]).clamp_(*self.threat.box)
         label = search.label(images, part)
-        won = _won(label, part, search)
+        won = won_by(label, part, search)
         if len(trying):
             self._tried(state, rows[trying], images[trying].unsqueeze(1), won[trying].unsqueeze(1))
         if len(stepping):
@@ -225,16 +225,16 @@ class HopSkipJump(IterativeAttack):
         """Several tries at once, for rows that have had many in vain."""
         size = state.size[rows]
         images = self._tries(search, state, rows, int(size.max()))
-        part, asked = _part(state, rows), torch.arange(images.shape[1], device=rows.device) < size[:, None]
-        self._tried(state, rows, images, _won(search.label(images, part, asked=asked), part, search))
+        part, asked = part_of(state, rows), torch.arange(images.shape[1], device=rows.device) < size[:, None]
+        self._tried(state, rows, images, won_by(search.label(images, part, asked=asked), part, search))
 
     def _tries(self, search: Search, state: HopSkipJumpState, rows: Tensor, width: int) -> Tensor:
         """The next images in search of a beginning, (n, width, C, H, W)."""
         x = state.x[rows]
         low, high = self.threat.box
-        draws = search.draws(_part(state, rows), key=_TRIES)
+        draws = search.draws(part_of(state, rows), key=_TRIES)
         images = draws.uniform(width, *x.shape[1:], first=state.number[rows], low=low, high=high, dtype=x.dtype)
-        first = _places(state.number[rows] == 0)
+        first = places_of(state.number[rows] == 0)
         if self.starts is not None and len(first):
             target = None if state.target is None else state.target[rows[first]]
             given = self.starts(x[first], state.y[rows[first]], target)
@@ -269,20 +269,23 @@ class HopSkipJump(IterativeAttack):
         state.theta[rows] = torch.where(phase == BLEND, _BLENDED, theta)
 
     def _between(self, x: Tensor, x0: Tensor, share: Tensor, phase: Tensor) -> Tensor:
-        share = _wide(share, x)
+        share = wide(share, x)
         if self.threat.norm == "l2":
             return torch.lerp(x0, x, share)
         clipped = torch.clamp(x, x0 - share, x0 + share)
-        blend = _places(phase == BLEND)
+        blend = places_of(phase == BLEND)
         if len(blend):
             clipped[blend] = torch.lerp(x0[blend], x[blend], share[blend])
         return clipped
 
     def _halved(self, state: HopSkipJumpState, rows: Tensor, middle: Tensor, won: Tensor) -> None:
         """Keep the half between an image that is not adversarial and one that is; go on where it is small."""
-        low, high = torch.where(won, _of(state.low, rows), middle), torch.where(won, middle, _of(state.high, rows))
+        low, high = (
+            torch.where(won, rows_of(state.low, rows), middle),
+            torch.where(won, middle, rows_of(state.high, rows)),
+        )
         state.low[rows], state.high[rows] = low, high
-        reached = rows[high - low <= _of(state.theta, rows)]
+        reached = rows[high - low <= rows_of(state.theta, rows)]
         if len(reached):
             self._reached(state, reached)
 
@@ -308,8 +311,8 @@ class HopSkipJump(IterativeAttack):
 
     def _ask_probes(self, search: Search, state: HopSkipJumpState, rows: Tensor, offered: bool) -> None:
         """A block of decisions around the boundary point, added to what the blocks before it told."""
-        part, size, number = _part(state, rows), _of(state.size, rows), _of(state.number, rows)
-        x = _of(state.x, rows).unsqueeze(1)
+        part, size, number = part_of(state, rows), rows_of(state.size, rows), rows_of(state.number, rows)
+        x = rows_of(state.x, rows).unsqueeze(1)
         width = int(size.max())
         probes = self._directions(search.draws(part, key=_PROBES), width, number, part.x0)
         length = probes.flatten(2).norm(dim=2).clamp_min_(1e-30)
@@ -321,7 +324,7 @@ class HopSkipJump(IterativeAttack):
             asked = torch.arange(width, device=rows.device) < size[:, None]
         label = search.label(probes, part, candidate=offered, asked=asked)
         known = (label >= 0).to(x.dtype)
-        decision = _won(label, part, search).to(x.dtype).mul_(2).sub_(known)  # 1, -1, and 0 where not known
+        decision = won_by(label, part, search).to(x.dtype).mul_(2).sub_(known)  # 1, -1, and 0 where not known
         probes.sub_(x)  # what was added indeed, box and rounding included
         weights = torch.stack([known, decision], 1)
         with torch.autocast(x.device.type, enabled=False):
@@ -344,7 +347,7 @@ class HopSkipJump(IterativeAttack):
         known, decisions = state.votes[rows].unbind(1)
         mean = torch.where(decisions.abs() < known, decisions / known.clamp_min(1), 0.0)
         directions, weighted = state.told[rows].unbind(1)
-        normal = weighted - _wide(mean, weighted) * directions
+        normal = weighted - wide(mean, weighted) * directions
         state.told[rows, 0] = self.threat.steepest(normal)
         state.length[rows] /= (state.t[rows] + 1).double().sqrt()
         state.phase[rows], state.number[rows] = STEP, 0
@@ -372,29 +375,3 @@ class HopSkipJump(IterativeAttack):
         self, oracle: QueryOracle | torch.nn.Module, x: Tensor, y: Tensor, target: Tensor | None, index: Tensor | None
     ) -> Tensor:
         return self.threat.project(super()._perturb(oracle, x, y, target, index), x)  # the walk leaves the ball
-
-
-def _places(mask: Tensor) -> Tensor:
-    return mask.nonzero().squeeze(1)
-
-
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype)[:, None, None, None]
-
-
-def _of(value: Tensor, rows: Tensor) -> Tensor:
-    """The entries of some rows; where these are all, the very tensor, which is then not to be written to."""
-    return value if len(rows) == len(value) else value[rows]
-
-
-def _part(state: State, rows: Tensor) -> State:
-    """What a search must know of some rows that ask."""
-    target = None if state.target is None else _of(state.target, rows)
-    x0, flags = _of(state.x0, rows), _of(state.done, rows)
-    y, places, t = (_of(value, rows) for value in (state.y, state.rows, state.t))
-    return State(x=x0, x0=x0, y=y, target=target, rows=places, t=t, done=flags, inside=flags)
-
-
-def _won(label: Tensor, part: State, search: Search) -> Tensor:
-    """Whether each answer is adversarial; one that is not known is not."""
-    return is_adversarial(label, part.y, part.target, search.reject) & (label >= 0)
