@@ -21,6 +21,9 @@ from lit_adv.threat import ThreatModel
 
 __all__ = ["Attack", "AttackResult", "IterativeAttack", "Search", "State"]
 
+EOT = 20
+"""Draws of a random model over which a gradient is averaged, unless said otherwise (AutoAttack's number)."""
+
 Finished = Callable[[Tensor, AttackResult], None]
 
 
@@ -113,6 +116,8 @@ class IterativeAttack(Attack):
         needs_whole_step: False where every sample of a step is a candidate by itself, so that a budget that ends
             within a step is spent to the last query.
         looks_first: it begins elsewhere than at the clean image, so in a bare call that is asked about before.
+        eot: draws of a random model over which gradients are averaged; None: 1, or :data:`EOT` where the model says
+            that it is random.
     """
 
     steps: int
@@ -121,6 +126,7 @@ class IterativeAttack(Attack):
     stop_at_hit: bool = True
     needs_whole_step: bool = True
     looks_first: bool = False
+    eot: int | None = 1
 
     @abstractmethod
     def start(self, search: Search, rows: Tensor) -> State:
@@ -133,6 +139,14 @@ class IterativeAttack(Attack):
     @abstractmethod
     def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
         """Images each row may ask about in its next pass, one number or (n,); without a state the typical number."""
+
+    def adapted(self, stochastic: bool) -> Self:
+        """The attack as it goes about a model that does or does not draw random numbers."""
+        if self.eot is not None:
+            return self
+        other = copy.copy(self)
+        other.eot = EOT if stochastic else 1
+        return other
 
     def least(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
         """Images a row must be able to pay for to begin its next pass; less, and the row ends. Default: its cost."""
@@ -182,8 +196,30 @@ class IterativeAttack(Attack):
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.clone()
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
-            search = Search(self, oracle, x, y, target, oracle.index, finished)
-            return self._run(search, torch.arange(len(x), device=x.device))
+            attack = self.adapted(oracle.stochastic)
+            search = Search(attack, oracle, x, y, target, oracle.index, finished)
+            result = attack._run(search, torch.arange(len(x), device=x.device))
+        attack._warn(search)
+        return result
+
+    def _warn(self, search: Search) -> None:
+        """Say what makes a gradient useless."""
+        if self.access != Access.GRADIENT or not len(search.x0):
+            return
+        name, model = type(self).__name__, type(search.oracle.model).__name__
+        if search.oracle.stochastic and self.eot == 1:
+            warnings.warn(
+                f"{model} is random, and {name} with eot=1 follows the gradient of one draw at a time: leave eot out "
+                f"({EOT} draws a step) or raise it",
+                stacklevel=5,
+            )
+        blind = int(search.blind.sum())
+        if 10 * blind >= len(search.x0):
+            warnings.warn(
+                f"{name}: the gradient was exactly 0 or not finite for {blind} of {len(search.x0)} images of {model}: "
+                "it tells nothing there; give the model a surrogate, or attack it as a black box",
+                stacklevel=5,
+            )
 
     def _run(self, search: Search, waiting: Tensor) -> AttackResult:
         waiting = search.look(waiting)
@@ -241,11 +277,12 @@ class IterativeAttack(Attack):
             x = x.detach().clone()
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index, oracle.seed, oracle.direct = index, seed, len(x) <= oracle.chunk
-            search = Search(self, oracle, x, y, target, index, watch=False)
+            attack = self.adapted(False)  # in training a draw a step is enough: the next batch sees others
+            search = Search(attack, oracle, x, y, target, index, watch=False)
             search.seed = seed
-            state = self.start(search, torch.arange(len(x), device=x.device))
+            state = attack.start(search, torch.arange(len(x), device=x.device))
             while int(state.t.min()) < self.steps if len(state) else False:
-                state = self.step(search, state)
+                state = attack.step(search, state)
                 state.t = state.t + (~state.inside).long()
         return state.x.detach()
 

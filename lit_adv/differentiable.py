@@ -27,6 +27,8 @@ class Asked(Protocol):
 
     def _checked(self, answer: Tensor, images: int) -> Tensor: ...
 
+    def _as_scores(self, answer: Tensor) -> Tensor: ...
+
     def _in_chunks(
         self, ask: Callable[[Tensor, Draws | None], Tensor], flat: Tensor, draws: Draws | None
     ) -> Tensor: ...
@@ -79,6 +81,74 @@ class Differentiable(torch.autograd.Function):
                 continue
             done = part.stop
         return gradient, None, None
+
+
+Directions = Callable[[Tensor, Tensor], Tensor]
+"""``(scores (m, K), rows (m,)) -> (m, k, K)``: the weighted sums of scores to be differentiated, and how weighted."""
+
+
+def products(
+    oracle: Asked, x: Tensor, draws: Draws | None, directions: Directions, batched: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores, and the gradients of ``k`` weighted sums of them, from one forward and one batched backward a chunk.
+
+    Args:
+        x: (n, s, C, H, W), ``s`` draws of each image, over which gradients are averaged whatever the chunk.
+        directions: which sums; it sees each draw's own scores.
+        batched: all backwards as one; None: on an accelerator. A processor's caches make one by one the faster.
+
+    Returns:
+        Scores (n, s, K) and gradients (n, k, C, H, W).
+    """
+    n, samples = x.shape[:2]
+    flat = x.flatten(0, 1)
+    row = torch.arange(n, device=x.device).repeat_interleave(samples)
+    batched = x.device.type != "cpu" if batched is None else batched
+    scores: list[Tensor] = []
+    total: Tensor | None = None
+    done = 0
+    while done < len(flat):
+        part = slice(done, min(done + oracle.chunk, len(flat)))
+        keyed = draws and draws[torch.arange(part.start, part.stop, device=flat.device)]
+        try:
+            leaf, answer = _graph(oracle, flat[part], keyed)
+            with torch.enable_grad():
+                told = oracle._as_scores(answer)
+            gradient = _several(oracle, told, leaf, directions(told.detach(), row[part]), batched)
+        except torch.OutOfMemoryError:
+            oracle.chunk_tuner.halve()
+            continue
+        if total is None:
+            total = gradient.new_zeros(n, *gradient.shape[1:])
+        total.index_add_(0, row[part], gradient)
+        scores.append(told.detach())
+        done = part.stop
+    assert total is not None
+    return torch.cat(scores).view(n, samples, -1), total / samples
+
+
+def _several(oracle: Asked, scores: Tensor, leaf: Tensor, weights: Tensor, batched: bool) -> Tensor:
+    """Gradients of the weighted sums, (m, k, C, H, W)."""
+    if batched:
+        try:
+            (found,) = torch.autograd.grad(
+                scores, leaf, weights.transpose(0, 1), retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
+            if found is None:
+                raise _no_gradient(oracle)
+            return found.transpose(0, 1)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation of the model that knows no batches of gradients
+            pass
+    found = leaf.new_empty(len(leaf), weights.shape[1], *leaf.shape[1:])
+    for number, weight in enumerate(weights.unbind(1)):
+        last = number == weights.shape[1] - 1
+        (one,) = torch.autograd.grad(scores, leaf, weight, retain_graph=not last, allow_unused=True)
+        if one is None:
+            raise _no_gradient(oracle)
+        found[:, number] = one
+    return found
 
 
 def _graph(oracle: Asked, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,55 @@ def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | N
         return margin(scores, y, None, reject) / (top[..., 0] - top[..., 2]).clamp_min(1e-12)
     gap = _column(scores, target) - _column(scores, y)
     return gap / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2).clamp_min(1e-12)
+
+
+def detector_margin(scores: Tensor, reject: int) -> Tensor:
+    """By how much a detector speaks for a refusal: its column less the largest logit, positive where it refuses.
+
+    Shape: scores (n, [s,] K + 1) -> (n, [s]).
+    """
+    return scores[..., reject] - _without(scores, reject).amax(-1)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The classifier's loss and the detector's, side by side: ``L_adv + beta L_det``.
+
+    The attacker ascends the cross-entropy of the classes alone, less ``beta softplus(m)`` of the detector's margin m.
+    Without a refusal column it is the cross-entropy.
+
+    Args:
+        beta: weight of the detector, >= 0.
+
+    Raises:
+        ValueError: a negative weight.
+    References:
+        Li et al. 2020, "Are L2 adversarial examples intrinsically different?", equation (14).
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be a weight >= 0, got {self.beta}")
+
+    def __call__(self, scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
+        if reject is None:
+            return cross_entropy(scores, y, target)
+        fooled = cross_entropy(_without(scores, reject), y, target)
+        return fooled - self.beta * F.softplus(detector_margin(scores, reject))
+
+
+def _without(scores: Tensor, reject: int) -> Tensor:
+    """The scores with the refusal column at minus infinity."""
+    return torch.cat(
+        [
+            scores[..., :reject],
+            torch.full_like(scores[..., reject : reject + 1], -torch.inf),
+            scores[..., reject + 1 :],
+        ],
+        -1,
+    )
 
 
 def _like(label: Tensor, shaped: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import time
 from collections.abc import Callable
 from enum import IntEnum
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from lit_adv.answers import Output, check_answer, check_finite, dtype_of, label_of
 from lit_adv.chunk import Chunk
 from lit_adv.defense import Defense
-from lit_adv.differentiable import Differentiable
+from lit_adv.differentiable import Differentiable, Directions, products
 from lit_adv.draws import Draws
 
 Surrogate = str | Callable[[Tensor], Tensor]
@@ -48,7 +50,8 @@ class QueryOracle:
         access: what is granted.
         budget: images that may be asked per row, None for no limit.
         chunk: images per forward; None finds the fastest on the way.
-        surrogate: what gradients go through instead of the model's own: a method's name or a function.
+        surrogate: what gradients go through instead of the model's own: a function, or the name of a method or part
+            of the model (``"smooth"``, a backward pass that it offers; ``"classifier"``, a transfer from within).
         answers: answers averaged per image of a random model, each charged.
         confirm: fresh deployed answers whose average must agree before a hit counts, where an answer is not the
             deployed one or not its last word (``fast``, a surrogate brought along, stochastic). None: 1, or 31
@@ -104,6 +107,18 @@ class QueryOracle:
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
         self.direct = False  # training: graphs in one piece, for the step on the weights needs more memory anyway
         self._asked = False
+
+    def part(self, rows: Tensor) -> QueryOracle:
+        """An oracle of some of the rows, which goes on with their accounts; :meth:`settle` books what it spent."""
+        other = copy.copy(self)
+        other.queries, other.index = self.queries[rows], self.index.to(rows.device)[rows]
+        other.nonfinite = torch.zeros_like(self.nonfinite)
+        return other
+
+    def settle(self, rows: Tensor, part: QueryOracle) -> None:
+        """Take over the accounts of a :meth:`part` of these rows."""
+        self.queries = self.queries.index_put((rows,), part.queries)
+        self.nonfinite = self.nonfinite + part.nonfinite
 
     @property
     def chunk(self) -> int:
@@ -175,6 +190,22 @@ class QueryOracle:
         if not self.direct and answer.detach().sum().isnan():  # also where inf meets -inf: then none is counted
             self.nonfinite += answer.detach().isnan().any(-1).sum()
         return answer.view(*x.shape[:-3], answer.shape[-1])
+
+    def jacobian(self, x: Tensor, rows: Tensor, directions: Directions) -> tuple[Tensor, Tensor]:
+        """Scores and gradients of ``k`` weighted sums of them, averaged over a row's draws; one query an image.
+
+        Shape: x (n, s, C, H, W), rows (n,) -> (n, s, K) and (n, k, C, H, W).
+        Raises:
+            AccessDenied: gradients were not granted.
+        """
+        if self.access < Access.GRADIENT:
+            raise AccessDenied(f"this attack needs GRADIENT access and was granted {self.access.name}: grant more")
+        _, flat_rows = _flat(x, rows)
+        draws = self._draws(flat_rows)
+        self.charge(flat_rows, 1)
+        answer, gradient = products(self, x, draws, directions)
+        self.nonfinite += answer.isnan().any(-1).sum()
+        return answer, gradient
 
     def confirm(self, x: Tensor, rows: Tensor) -> Tensor:
         """Labels by the average of ``confirmations`` fresh deployed answers, each charged.
@@ -296,12 +327,24 @@ class QueryOracle:
 def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:
     if surrogate is None:
         return getattr(model, "surrogate", model)
-    if not isinstance(surrogate, str):
-        return surrogate
-    method = getattr(model, surrogate, None)
+    method: Any = surrogate
+    if isinstance(surrogate, str):
+        method = model
+        for name in surrogate.split("."):
+            method = getattr(method, name, None)
     if not callable(method):
-        raise ValueError(f"surrogate names a method of the model, and {type(model).__name__} has no {surrogate!r}")
-    return method
+        raise ValueError(
+            f"surrogate names a method or a part of the model, and {type(model).__name__} has no {surrogate!r}"
+        )
+    if getattr(model, "stochastic", False) and not _takes_draws(method):
+        return lambda x, draws=None: method(x)
+    return cast(Callable[..., Tensor], method)
+
+
+def _takes_draws(method: Any) -> bool:
+    """Whether it is as random as the model, and not a deterministic part of it."""
+    parameters = inspect.signature(method.forward if isinstance(method, nn.Module) else method).parameters.values()
+    return any(parameter.name == "draws" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _check_arguments(

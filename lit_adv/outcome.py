@@ -9,6 +9,7 @@ from typing import Any
 from lit_adv.metrics.records import Records
 from lit_adv.metrics.summary import McNemar, Summary, wilson
 from lit_adv.pictures import Examples
+from lit_adv.result import BAD_GRADIENT, ZERO_GRADIENT
 from lit_adv.tables import interval, percent, threat
 
 LOST, RESTLESS = "answers that held NaN and counted as no success", "the model did not repeat its answers"
@@ -98,7 +99,7 @@ def notes(
             f"{RESTLESS}, though it does not say that it is random: images were judged by {draws} decisions each"
         )
     for name, (happened, times) in counts.items():
-        if name != RESTLESS and times:
+        if name != RESTLESS and times and (happened or name not in (ZERO_GRADIENT, BAD_GRADIENT)):
             found.append(f"{name}: {happened:,} of {times:,} ({percent(happened / times)} %)")
     return tuple(found)
 

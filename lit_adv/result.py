@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+ZERO_GRADIENT, BAD_GRADIENT = "input gradients were exactly 0", "input gradients were not finite"
+"""Names under which an attack counts gradients that lead nowhere."""
+
 
 @dataclass(frozen=True)
 class AttackResult:

@@ -45,6 +45,8 @@ class Search:
         self.restart = torch.zeros(rows, dtype=torch.int64, device=device)
         self._labels_checked = False
         self._classes: int | None = None
+        self.clean: Tensor | None = None  # scores of clean images, where asked
+        self.blind = torch.zeros(rows, dtype=torch.bool, device=device)
         if not watch:
             return
         self.x_adv = x.clone()
@@ -99,7 +101,7 @@ class Search:
         Shape: x (n, C, H, W) or (n, s, C, H, W), or packed: with ``asked``, its m images alone, row by row,
             (m, C, H, W) -> (n, K) or (n, s, K).
         """
-        return self._ask(self.oracle.scores, x, state, candidate, check, asked)
+        return self.ask(self.oracle.scores, x, state, candidate, check, asked)
 
     def label(
         self,
@@ -113,17 +115,18 @@ class Search:
 
         Shape: x as for :meth:`scores` -> (n,) or (n, s); -1 for what was left out.
         """
-        return self._ask(self.oracle.label, x, state, candidate, check, asked)
+        return self.ask(self.oracle.label, x, state, candidate, check, asked)
 
-    def _ask(
+    def ask(
         self,
         ask: Callable[[Tensor, Tensor], Tensor],
         x: Tensor,
         state: State,
-        candidate: bool,
-        check: bool | Tensor,
-        asked: Tensor | None,
+        candidate: bool = True,
+        check: bool | Tensor = False,
+        asked: Tensor | None = None,
     ) -> Tensor:
+        """Answers of any question ``(images, rows) -> answers``; arguments as :meth:`scores`."""
         x = self._rounded(x, state, asked) if candidate else x
         if not self.watch:
             answer = ask(x, state.rows) if asked is None else self._ask_some(ask, x, state, asked, asked)

@@ -24,6 +24,7 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "parts": (1, {"search", "state"}),
     "probing": (1, {"estimator", "search", "state"}),
     "differentiable": (0, {"chunk", "draws"}),
+    "gradients": (1, {"search", "state"}),
     "oracle": (1, set()),
     "result": (0, set()),
     "state": (1, {"oracle"}),

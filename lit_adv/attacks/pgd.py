@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lit_adv.attack import IterativeAttack, Search, State, check_threat
+from lit_adv.attack import EOT, IterativeAttack, Search, State, check_threat
 from lit_adv.draws import Draws
 from lit_adv.estimator import GradientEstimator, ProbeEstimator
 from lit_adv.estimators.autograd import Autograd
+from lit_adv.gradients import examine
 from lit_adv.losses import Loss, cross_entropy, margin
 from lit_adv.oracle import Access
 from lit_adv.probing import ProbingState, probe, probing_fields
@@ -105,6 +107,14 @@ class PGD(IterativeAttack):
         self.estimator, self.stop_at_hit, self.seed = estimator, stop_at_hit, seed
         self.access = Access.GRADIENT if estimator.needs_gradient else Access.PROBS
 
+    def adapted(self, stochastic: bool) -> PGD:
+        if not isinstance(self.estimator, Autograd):
+            return self
+        other = copy.copy(self)
+        other.eot = self.estimator.eot or (EOT if stochastic else 1)
+        other.estimator = Autograd(other.eot)
+        return other
+
     @property
     def needs_fit(self) -> bool:
         return self.estimator.needs_fit
@@ -177,6 +187,8 @@ class PGD(IterativeAttack):
 
         draws = search.draws(state)
         value, gradient, state.memory = self.estimator(objective, state.x, state.memory, draws, self.threat.box)
+        if self.estimator.needs_gradient:
+            examine(search, state, gradient)
         state.value = value.to(state.value.dtype)
         return gradient, None
 

@@ -19,7 +19,10 @@ from lit_adv.losses import margin
 from lit_adv.oracle import QueryOracle
 from lit_adv.threat import ThreatModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was in training mode"),
+    pytest.mark.filterwarnings("ignore:.*the gradient was exactly 0 or not finite"),
+]
 
 
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
@@ -133,6 +136,7 @@ def test_starts_lie_in_ball_and_box(norm: str, eps: float) -> None:
         assert torch.equal(x, x0)
 
 
+@pytest.mark.filterwarnings("ignore:PGD. the gradient was exactly 0")
 def test_restarts_break_what_one_start_does_not() -> None:
     """Adversarial only below 0.5 - 0.15 in two pixels: without a gradient the start must be lucky."""
 

@@ -23,12 +23,15 @@ from lit_adv.losses import dlr, margin
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.threat import ThreatModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was in training mode"),
+    pytest.mark.filterwarnings("ignore:.*the gradient was exactly 0 or not finite"),
+]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "attack"
 MODEST = {
     "steps": 3, "samples": 12, "restarts": 2, "population": 6, "particles": 6, "coordinates": 8, "search_steps": 2,
-    "init_tries": 5, "components": 6,
+    "init_tries": 5, "components": 6, "iterations": 4, "final_steps": 2, "targets": 2, "eot": 2,
 }  # enough for a tiny net  # fmt: skip
 RECORDS = ("success", "queries", "checks", "first_hit", "iterations")
 FIVE = ThreatModel("linf", 0.05)
