@@ -12,6 +12,11 @@ ZERO_GRADIENT, BAD_GRADIENT = "input gradients were exactly 0", "input gradients
 """Names under which an attack counts gradients that lead nowhere."""
 
 
+def broken_by(name: str) -> str:
+    """Name under which a cascade counts the images that one of its attacks broke, of those it saw."""
+    return f"images broken by {name}"
+
+
 @dataclass(frozen=True)
 class AttackResult:
     """What an attack found, one row per image.

@@ -72,7 +72,7 @@ def test_the_mean_over_draws_does_not_depend_on_the_chunk(chunk: int) -> None:
         value, gradient, scores = gradient_of(search, state, lambda s, y=y: cross_entropy(s, y), eot=7)
         assert scores.shape == (5, 7, 4)
         unit = torch.eye(4, dtype=torch.float64).expand(5, 4, 4)
-        _, several = gradients_of(search, state, lambda s, rows: unit[rows], eot=7)
+        _, several = gradients_of(search, state, lambda s, rows, unit=unit: unit[rows], eot=7)
         asked = search.oracle.queries - search.checks
         assert asked.tolist() == [14] * 5
         found.append((value, gradient, several))

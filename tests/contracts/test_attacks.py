@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from lit_adv.attack import Attack, AttackResult, IterativeAttack
-from lit_adv.attacks import PGD, NAttack
+from lit_adv.attacks import PGD, Cascade, NAttack
 from lit_adv.estimators import NES, Autograd
 from lit_adv.losses import dlr, margin
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
@@ -58,7 +58,7 @@ def configured(path: Path) -> Attack:
     return attack
 
 
-MADE: dict[str, Callable[[], IterativeAttack]] = {
+MADE: dict[str, Callable[[], Attack]] = {
     "fgsm": lambda: PGD(FIVE, 1, 0.05, False),
     "pgd": lambda: PGD(FIVE, 5),
     "pgd_all_steps": lambda: PGD(FIVE, 5, stop_at_hit=False),
@@ -74,6 +74,9 @@ MADE: dict[str, Callable[[], IterativeAttack]] = {
         ThreatModel("l2", 0.4), 3, restarts=2, loss=margin, kappa=0.0, estimator=NES(8, 0.01, 0.9, "box", 4)
     ),
     "pgd_noise": lambda: PGD(FIVE, 1, 0.03, False, noise=0.02),
+    "cascade": lambda: Cascade(
+        FIVE, {"fgsm": PGD(steps=1, random_start=False), "pgd": PGD(steps=4), "nattack": NAttack(FIVE, 3, 12, 0.05)}
+    ),
     "pgd_eot": lambda: PGD(FIVE, 4, estimator=Autograd(3)),
     "nattack": lambda: NAttack(FIVE, 4, 20, 0.05, block=7),
     "nattack_all_steps": lambda: NAttack(FIVE, 3, 10, 0.05, block=4, stop_at_hit=False),
@@ -175,9 +178,8 @@ def test_the_ledger_is_what_the_model_was_given(name: str, budget: int | None) -
 @every
 def test_a_budget_of_the_first_hit_finds_it_and_less_does_not(name: str) -> None:
     attack = attack_of(name)
-    assert isinstance(attack, IterativeAttack)
     shape = torch.Size((3, 8, 8))
-    if attack.needs_whole_step and attack.cost(shape) > 1:
+    if not isinstance(attack, IterativeAttack) or (attack.needs_whole_step and attack.cost(shape) > 1):
         pytest.skip("its steps are whole or not at all")
     model, x, y = problem(12)
     unlimited = attack(model, x, y)
@@ -289,8 +291,8 @@ def test_a_radius_of_zero_breaks_nothing_that_was_right(name: str) -> None:
 def test_the_caller_is_told_of_each_row_once(name: str, stop_at_hit: bool) -> None:
     model, x, y = problem(9)
     attack = attack_of(name)
-    assert isinstance(attack, IterativeAttack)
-    attack.stop_at_hit = stop_at_hit
+    if isinstance(attack, IterativeAttack):
+        attack.stop_at_hit = stop_at_hit
     told: list[tuple[Tensor, AttackResult]] = []
     final = attack(QueryOracle(model, 9, chunk=40), x, y, finished=lambda rows, result: told.append((rows, result)))
     assert sorted(torch.cat([rows for rows, _ in told]).tolist()) == list(range(9))
@@ -303,7 +305,8 @@ def test_the_caller_is_told_of_each_row_once(name: str, stop_at_hit: bool) -> No
 def test_running_on_after_a_hit_changes_no_first_hit(name: str) -> None:
     model, x, y = problem(9)
     attack = attack_of(name)
-    assert isinstance(attack, IterativeAttack)
+    if not isinstance(attack, IterativeAttack):
+        pytest.skip("it ends at its first hit")
     attack.stop_at_hit = True
     stopped = attack(model, x, y)
     attack.stop_at_hit = False
@@ -325,7 +328,8 @@ def test_no_images(name: str) -> None:
 def test_perturb_stays_in_the_ball(name: str) -> None:
     model, x, y = problem()
     attack = attack_of(name)
-    assert isinstance(attack, IterativeAttack)
+    if not isinstance(attack, IterativeAttack):
+        pytest.skip("several attacks have no one last point")
     out = attack.perturb(model, x, y)
     assert attack.threat.within(out, x).all()
     assert out.shape == x.shape
