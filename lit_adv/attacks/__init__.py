@@ -2,6 +2,7 @@
 
 from lit_adv.attacks.baselines import DifferenceOfMeans, RandomNoise
 from lit_adv.attacks.boundary import Boundary
+from lit_adv.attacks.cascade import Cascade
 from lit_adv.attacks.gen_attack import GenAttack
 from lit_adv.attacks.hop_skip_jump import HopSkipJump
 from lit_adv.attacks.nattack import NAttack
@@ -17,6 +18,7 @@ __all__ = [
     "PSO",
     "ZOO",
     "Boundary",
+    "Cascade",
     "DifferenceOfMeans",
     "GenAttack",
     "HopSkipJump",
