@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor, Tensor | None, int | None], Tensor]
-"""``(scores (n, [s,] K), y (n,), target (n,) or None, reject column or None) -> (n, [s])``."""
+Loss = Callable[[Tensor, Tensor, Tensor | None, int | None], Any]
+"""``(scores (n, [s,] K), y (n,), target (n,) or None, reject column or None) -> (n, [s])``, a tensor.
+
+Said to be Any, for a command line would take a class whose instances return tensors for one to make tensors with.
+"""
 
 
 def is_adversarial(label: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
