@@ -135,7 +135,7 @@ def _several(oracle: Asked, scores: Tensor, leaf: Tensor, weights: Tensor, batch
                 scores, leaf, weights.transpose(0, 1), retain_graph=True, is_grads_batched=True, allow_unused=True
             )
             if found is None:
-                raise _no_gradient(oracle)
+                raise _no_gradient(oracle, len(leaf))
             return found.transpose(0, 1)
         except torch.OutOfMemoryError:
             raise
@@ -146,7 +146,7 @@ def _several(oracle: Asked, scores: Tensor, leaf: Tensor, weights: Tensor, batch
         last = number == weights.shape[1] - 1
         (one,) = torch.autograd.grad(scores, leaf, weight, retain_graph=not last, allow_unused=True)
         if one is None:
-            raise _no_gradient(oracle)
+            raise _no_gradient(oracle, len(leaf))
         found[:, number] = one
     return found
 
@@ -156,19 +156,19 @@ def _graph(oracle: Asked, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tenso
         leaf = x.detach().requires_grad_()
         answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
     if not answer.requires_grad:
-        raise _no_gradient(oracle)
+        raise _no_gradient(oracle, len(x))
     return leaf, answer
 
 
 def _gradient(oracle: Asked, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
     if gradient is None:
-        raise _no_gradient(oracle)
+        raise _no_gradient(oracle, len(leaf))
     return gradient
 
 
-def _no_gradient(oracle: Asked) -> ValueError:
+def _no_gradient(oracle: Asked, images: int) -> ValueError:
     return ValueError(
-        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the images: it detaches or "
-        "rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
+        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the {images} images: it "
+        "detaches or rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
     )

@@ -95,6 +95,8 @@ class Summary:
     mean_distance: float | None
     mean_l2: float | None
     mean_linf: float | None
+    median_l2: float | None
+    median_linf: float | None
     immediate: int
     mean_queries_of_attacked: float | None
     mean_checks_of_attacked: float | None
@@ -289,6 +291,8 @@ def summarize(records: Records) -> Summary:
         mean_distance=_mean(hit.distance),
         mean_l2=_mean(hit.l2),
         mean_linf=_mean(hit.linf),
+        median_l2=_median(hit.l2),
+        median_linf=_median(hit.linf),
         immediate=int((hit.iterations == 0).sum()),
         mean_queries_of_attacked=_mean(attacked.queries),
         mean_checks_of_attacked=_mean(attacked.checks),

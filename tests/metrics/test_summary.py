@@ -102,6 +102,7 @@ def test_summary_by_hand(eight: Records) -> None:
     assert found.mean_first_hit == pytest.approx(70 / 3)
     assert (found.mean_iterations, found.median_iterations) == (1, 1)
     assert (found.mean_l2, found.mean_linf, found.mean_distance) == pytest.approx((2, 0.2, 0.1))
+    assert (found.median_l2, found.median_linf) == pytest.approx((2, 0.2))
     assert (found.mean_checks, found.total_queries, found.immediate) == (1, 390, 1)
     # attacked: queries 100, 10, 20, 60, 100, 100 and norms with 0.5, 0.5, 0.5 and 0.1, 0.1, 0.1 of the failures
     assert (found.mean_queries_of_attacked, found.mean_checks_of_attacked) == (65, 1)
