@@ -118,6 +118,8 @@ class IterativeAttack(Attack):
         looks_first: it begins elsewhere than at the clean image, so in a bare call that is asked about before.
         eot: draws of a random model over which gradients are averaged; None: 1, or :data:`EOT` where the model says
             that it is random.
+        confidence: least margin of the scores with which an adversarial image counts; fresh answers that confirm a
+            doubtful one need only be adversarial.
     """
 
     steps: int
@@ -127,6 +129,7 @@ class IterativeAttack(Attack):
     needs_whole_step: bool = True
     looks_first: bool = False
     eot: int | None = 1
+    confidence: float = 0.0
 
     @abstractmethod
     def start(self, search: Search, rows: Tensor) -> State:
@@ -229,7 +232,8 @@ class IterativeAttack(Attack):
             room = self._room(search, state, each)
             if room > 0 and len(waiting):
                 few = len(waiting) - room <= (room + len(state)) // 4  # a few stragglers alone would not fill forwards
-                room = len(waiting) if few else room
+                if few and self.access != Access.GRADIENT:  # a graph larger than the chunk would be made twice
+                    room = len(waiting)
                 state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
             state, anew = search.retire(state)
             if len(anew):

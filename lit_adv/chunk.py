@@ -18,9 +18,16 @@ class Chunk:
         if size is not None and size < 1:
             raise ValueError(f"chunk must be at least 1 image per forward or None, got {size}")
         self.settled = size is not None
+        self.given = size is not None
+        self.fits = 0  # most images of which one graph has stood
         self.limit = 1024 if device.type == "cpu" else 16384
         self.size = size if size is not None else (64 if device.type == "cpu" else 256)
         self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
+
+    @property
+    def graph(self) -> int:
+        """Most images whose graph may stand at once: where nobody has set a limit, as many as it once did."""
+        return self.size if self.given else max(self.size, self.fits)
 
     def observe(self, images: int, seconds: float) -> None:
         """Learn from a forward; only (nearly) full ones count, and the first at each size is a warm-up."""
@@ -48,4 +55,4 @@ class Chunk:
         """One step down after running out of memory; raises again where one image is too much."""
         if self.size == 1:
             raise torch.OutOfMemoryError("out of memory with a single image in the forward: use a smaller model")
-        self.size, self.settled = self.size // 2, True
+        self.size, self.settled, self.fits = self.size // 2, True, 0

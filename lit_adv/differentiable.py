@@ -44,7 +44,7 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, oracle: Asked, draws: Draws | None) -> Tensor:
         ctx.oracle, ctx.draws, ctx.flat, ctx.graph = oracle, draws, flat, None
-        if len(flat) <= oracle.chunk:
+        if len(flat) <= oracle.chunk_tuner.graph:  # rows taken up at a larger chunk stay, and go in one piece
             try:
                 begun = oracle._now(flat.device)
                 ctx.graph = _graph(oracle, flat, draws)
@@ -63,6 +63,7 @@ class Differentiable(torch.autograd.Function):
             try:
                 begun = oracle._now(flat.device)
                 gradient = _gradient(oracle, answer, leaf, grad_output)
+                oracle.chunk_tuner.fits = max(oracle.chunk_tuner.fits, len(flat))
                 oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun)
                 return gradient, None, None
             except torch.OutOfMemoryError:

@@ -133,6 +133,28 @@ def detector_margin(scores: Tensor, reject: int) -> Tensor:
     return scores[..., reject] - _without(scores, reject).amax(-1)
 
 
+def shortfall(
+    scores: Tensor,
+    y: Tensor,
+    target: Tensor | None = None,
+    reject: int | None = None,
+    kappa: float = 0.0,
+    beta: float | None = None,
+) -> Tensor:
+    """By how much an image falls short of being adversarial with confidence kappa, 0 where it is: to be descended.
+
+    ``max(kappa - margin, 0)``; with ``beta``, and a refusal column whose margin is m, the classes and the detector
+    side by side: ``max(kappa - margin of the classes alone, 0) + beta max(m + kappa, 0)``.
+
+    Shape: scores (n, [s,] K) -> (n, [s]).
+    References: Carlini & Wagner 2017, https://arxiv.org/abs/1608.04644, f_6; Li et al. 2020, equation (14).
+    """
+    if beta is None or reject is None:
+        return (kappa - margin(scores, y, target, reject)).clamp_min(0)
+    fooled = (kappa - margin(_without(scores, reject), y, target)).clamp_min(0)
+    return fooled + beta * (detector_margin(scores, reject) + kappa).clamp_min(0)
+
+
 @dataclass(frozen=True)
 class Combined:
     """The classifier's loss and the detector's, side by side: ``L_adv + beta L_det``.

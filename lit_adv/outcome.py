@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_adv.metrics.records import Records
 from lit_adv.metrics.summary import McNemar, Summary, wilson
@@ -14,6 +14,22 @@ from lit_adv.tables import interval, percent, threat
 
 LOST, RESTLESS = "answers that held NaN and counted as no success", "the model did not repeat its answers"
 _ACCESS = ("label", "probs", "logits", "gradient")
+
+
+class Stage(NamedTuple):
+    """What one attack of a cascade found among the images that those before it left.
+
+    Attributes:
+        name: of the attack.
+        access: what it reads: "label", "probs", "logits" or "gradient".
+        seen: images it was tried on.
+        broken: of them.
+    """
+
+    name: str
+    access: str
+    seen: int
+    broken: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +50,7 @@ class Outcome:
         notes: Remarks to print.
         counts: How often something worth knowing happened, and of how many times, by what it was.
         model: The model's name where one report holds several; None: the report's own.
+        stages: What each part found, in order, where the attack is a cascade.
 
     Raises:
         ValueError: If the access is unknown.
@@ -52,6 +69,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     model: str | None = None
     counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         if self.access not in _ACCESS:

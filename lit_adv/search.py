@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_adv.draws import Draws
-from lit_adv.losses import is_adversarial
+from lit_adv.losses import is_adversarial, margin
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.result import AttackResult
 from lit_adv.state import Rules, State
@@ -214,6 +214,8 @@ class Search:
         if not hit.any():
             return None
         hit = hit & (~answer.isnan().any(-1) if scored else answer >= 0)
+        if scored and self.attack.confidence > 0 and hit.any():
+            hit &= margin(answer, state.y, state.target, self.reject) >= self.attack.confidence
         return hit.view(len(hit), -1) if hit.any() else None
 
     def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor, asked: Tensor | None) -> None:

@@ -24,6 +24,7 @@ class Rules(Protocol):
     stop_at_hit: bool
     needs_whole_step: bool
     looks_first: bool
+    confidence: float
 
     def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
         """Images each row may ask about in its next step."""

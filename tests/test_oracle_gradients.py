@@ -210,3 +210,23 @@ def test_no_images() -> None:
     assert oracle.label(images(0), rows()).shape == (0,)
     assert oracle.confirm(images(0), rows()).shape == (0,)
     assert oracle.queries.tolist() == [0, 0, 0]
+
+
+def test_rows_taken_up_at_a_larger_chunk_are_not_asked_twice() -> None:
+    class Watching(Small):
+        forwards = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).forwards += len(x)
+            return super().forward(x)
+
+    model, x = Watching(), images(6)
+    oracle = QueryOracle(model, 6)
+    for number, size in enumerate((64, 2)):
+        oracle.chunk_tuner.size = size
+        leaf = x.clone().requires_grad_()
+        oracle.scores(leaf, torch.arange(6)).sum().backward()
+        assert model.forwards == 6 * (number + 1)
+    oracle.chunk_tuner.halve()
+    oracle.scores(x.clone().requires_grad_(), torch.arange(6)).sum().backward()
+    assert model.forwards == 6 * 4
