@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lit_adv.attack import Attack
 from lit_adv.metrics.records import Records
 from lit_adv.metrics.summary import McNemar, Summary, wilson
 from lit_adv.pictures import Examples
-from lit_adv.result import BAD_GRADIENT, ZERO_GRADIENT
+from lit_adv.result import BAD_GRADIENT, ZERO_GRADIENT, broken_by
 from lit_adv.tables import interval, percent, threat
 
 LOST, RESTLESS = "answers that held NaN and counted as no success", "the model did not repeat its answers"
@@ -75,6 +76,15 @@ class Outcome:
         if self.access not in _ACCESS:
             raise ValueError(f"access must be one of {', '.join(_ACCESS)}, got {self.access!r}")
         object.__setattr__(self, "records", self.records.unique())
+
+
+def stages_of(attack: Attack, counts: Mapping[str, tuple[int, int]]) -> tuple[Stage, ...]:
+    """What each part of a cascade found; () for any other attack."""
+    parts = getattr(attack, "attacks", None)
+    if not isinstance(parts, Mapping):
+        return ()
+    found = {name: counts.get(broken_by(name), (0, 0)) for name in parts}
+    return tuple(Stage(name, parts[name].access.name.lower(), seen, broken) for name, (broken, seen) in found.items())
 
 
 def added(parts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:

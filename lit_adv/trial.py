@@ -22,7 +22,7 @@ from lit_adv.fast import fast_copy
 from lit_adv.look import Restless, first_look, least_likely
 from lit_adv.metrics import Records
 from lit_adv.oracle import Access, QueryOracle
-from lit_adv.outcome import LOST, RESTLESS, Outcome, added, notes
+from lit_adv.outcome import LOST, RESTLESS, Outcome, added, notes, stages_of
 from lit_adv.pictures import Examples
 from lit_adv.protocol import Protocol, identity
 from lit_adv.result import AttackResult
@@ -163,6 +163,7 @@ class Trial:
             notes=notes(records, self.protocol.budget, self._classes or self.num_classes, counts, self.draws),
             model=model,
             counts=counts,
+            stages=stages_of(self.protocol.attack, counts),
         )
 
     @property

@@ -11,7 +11,7 @@ from contracts.nets import Noisy, Small, decided
 from contracts.trials import COUNT, WRONG, X, Y, assert_same, batches, model, nattack, pgd, run, transfer
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD, DifferenceOfMeans, HopSkipJump
+from lit_adv.attacks import PGD, Cascade, DifferenceOfMeans, HopSkipJump, NAttack
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.oracle import QueryOracle
@@ -383,3 +383,13 @@ def test_an_attack_that_must_learn_is_taught_once_and_known_by_it(tmp_path: Path
     two = run(Trial(other, watched, dirpath=tmp_path))
     assert watched.seen.all()
     assert not torch.equal(one.l2, two.l2)
+
+
+def test_a_cascade_tells_what_its_parts_found() -> None:
+    attack = Cascade(ThreatModel(eps=0.008), {"pgd": PGD(steps=2), "nattack": NAttack(steps=2, samples=10)})
+    trial = Trial(Protocol(name="cascade", attack=attack, pool=7), model())
+    outcome = trial.outcome(run(trial))
+    first, second = outcome.stages
+    assert (first.name, first.access, first.seen) == ("pgd", "gradient", COUNT - len(WRONG))
+    assert (second.name, second.access, second.seen) == ("nattack", "probs", first.seen - first.broken)
+    assert 0 < first.broken + second.broken == int(outcome.records.verified.sum())

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lit_adv.attack import EOT, IterativeAttack, Search, State, check_threat
-from lit_adv.draws import Draws
 from lit_adv.estimator import GradientEstimator, ProbeEstimator
 from lit_adv.estimators.autograd import Autograd
 from lit_adv.gradients import examine
 from lit_adv.losses import Loss, cross_entropy, margin
 from lit_adv.oracle import Access
 from lit_adv.probing import ProbingState, probe, probing_fields
+from lit_adv.starts import random_point
 from lit_adv.threat import ThreatModel
 
 
@@ -207,23 +207,3 @@ class PGD(IterativeAttack):
 
 def _where(complete: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if complete is None else torch.where(complete[:, None, None, None], new, old)
-
-
-def random_point(threat: ThreatModel, x0: Tensor, draws: Draws) -> Tensor:
-    """A uniform random point of the ball around each image, moved into the box: (n, C, H, W).
-
-    linf: uniform in the cube. l2: a uniform direction, the radius distributed as in the ball. Elsewhere, and in an
-    unbounded ball, the clean image.
-    """
-    if threat.radius in (0, float("inf")):
-        return x0
-    if threat.norm == "linf":
-        noise = draws.uniform(*x0.shape[1:], low=-threat.radius, high=threat.radius, dtype=x0.dtype)
-    elif threat.norm == "l2":
-        noise = draws.normal(*x0.shape[1:], dtype=x0.dtype)
-        length = draws.uniform(dtype=x0.dtype) ** (1 / noise[0].numel() if len(noise) else 1)
-        noise = noise / noise.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-        noise = noise * (threat.radius * length)[:, None, None, None]
-    else:
-        return x0
-    return threat.project(x0 + noise, x0)
