@@ -123,7 +123,7 @@ def step_onto(threat: ThreatModel, x: Tensor, normal: Tensor, gap: Tensor) -> Te
     farthest corner of the box does not reach the plane, that corner is the answer.
 
     Shape: x and normal (n, C, H, W), gap (n,): the plane's value at x -> (n, C, H, W).
-    References: Croce & Hein 2020, https://arxiv.org/abs/1907.02044, section 2.3.
+    References: Croce & Hein 2020, https://arxiv.org/abs/1907.02044, which poses it.
     """
     low, high = threat.box
     flat, w = x.flatten(1), normal.flatten(1)

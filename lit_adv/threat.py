@@ -144,7 +144,8 @@ class ThreatModel:
         """The images rounded to multiples of ``1 / levels``, towards ``x0`` where the nearest leaves the ball.
 
         Where even that leaves the ball (a clean image that is not itself on the grid, and a radius of less than
-        half a level) the clean image's own nearest level stands.
+        half a level) the clean image's own nearest level stands. An image that lies outside the ball to begin with,
+        on the way of a search for the nearest one, is rounded and left there.
 
         Shape: as :meth:`project`.
         """
@@ -154,14 +155,17 @@ class ThreatModel:
             return nearest
         inward = torch.where(x >= x0, (x * levels + 1e-4).floor(), (x * levels - 1e-4).ceil()) / levels
         clean = ((x0 * levels).round() / levels).expand_as(x)
-        limit = self.reach(x)
+        inside = ~self._beyond(x - x0, whole=True)
         for step in (inward, clean):
-            delta = nearest - x0
-            outside = delta.abs() > limit
-            if self.norm != "linf":
-                outside = (norm_of(delta.flatten(-3), self.norm) > limit)[..., None, None, None]
-            nearest = torch.where(outside, step, nearest)
+            nearest = torch.where(self._beyond(nearest - x0) & inside, step, nearest)
         return nearest
+
+    def _beyond(self, delta: Tensor, whole: bool = False) -> Tensor:
+        """Where a perturbation leaves the ball: in linf pixel by pixel, unless asked for the ``whole``."""
+        limit = self.reach(delta.flatten(0, -4) if delta.dim() > 4 else delta)
+        if self.norm == "linf" and not whole:
+            return delta.abs() > limit
+        return (norm_of(delta.flatten(-3), self.norm) > limit)[..., None, None, None]
 
 
 def _number(eps: float | str) -> float:

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lit_adv.threat import NORMS, ThreatModel
+from lit_adv.threat import NORMS, Norm, ThreatModel
 
 RADII = {"linf": 0.1, "l2": 0.7, "l1": 1.5, "l0": 5}
 
@@ -266,3 +266,16 @@ def test_quantize_without_a_limit_rounds_to_the_nearest() -> None:
     x, x0 = pair()
     rounded = ThreatModel("l2", "inf").quantize(x, x0, levels=15)
     torch.testing.assert_close(rounded, (x * 15).round() / 15)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_on_its_way_outside_the_ball_is_rounded_and_left_there(norm: Norm) -> None:
+    threat = ThreatModel(norm, 0.1, levels=255)
+    x0 = torch.full((2, 1, 4, 4), 100 / 255, dtype=torch.float64)
+    inside, outside = x0 + 0.02, x0 + 0.15
+    x = torch.stack([inside[0], outside[0]])
+    found = threat.quantize(x, x0)
+    torch.testing.assert_close(found[1], (outside[0] * 255).round() / 255)
+    assert threat.within(found[:1], x0[:1]).all()
+    both = threat.quantize(torch.stack([x, x], 1), x0)  # (n, s, C, H, W)
+    torch.testing.assert_close(both[:, 1], found)

@@ -207,10 +207,9 @@ class APGD(IterativeAttack):
     def _move(self, state: APGDState, gradient: Tensor) -> None:
         """The projected step of the gradient, weighed against the last movement; the first has no momentum."""
         project = self._projection(state.x0)
-        rate = state.rate[:, None, None, None]
-        there = project(torch.addcmul(state.x, rate, self.threat.steepest(gradient)))
-        weight = torch.where(state.t == 0, 1.0, self.alpha).to(there.dtype)[:, None, None, None]
-        mixed = torch.lerp(state.x, there, weight)
+        there = self.threat.steepest(gradient).mul_(state.rate[:, None, None, None]).add_(state.x)
+        momentum = torch.where(state.t == 0, 0.0, 1 - self.alpha).to(there.dtype)[:, None, None, None]
+        mixed = project(there).lerp_(state.x, momentum)
         mixed.add_(state.x - state.before, alpha=1 - self.alpha)
         state.x, state.before = project(mixed), state.x
 

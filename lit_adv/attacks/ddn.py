@@ -141,7 +141,7 @@ class DDN(IterativeAttack):
         turn = (state.t.double() * (math.pi / self.steps)).cos().add_(1).mul_((self.step_size - _LAST_STEP) / 2)
         alpha = turn.add_(_LAST_STEP).to(state.x.dtype)
         delta = (state.x - state.x0).addcmul_(direction, alpha[:, None, None, None])
-        factor = torch.where(won, 1 - self.gamma, 1 + self.gamma).to(state.length.dtype)
+        factor = 1 + self.gamma - 2 * self.gamma * won.to(state.length.dtype)
         state.length = torch.minimum(state.length * factor, state.worst)
         size = delta.flatten(1).norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
         x = delta.mul_((state.length / size)[:, None, None, None]).add_(state.x0).clamp_(*self.threat.box)

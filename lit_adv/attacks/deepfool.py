@@ -36,7 +36,8 @@ class DeepFool(IterativeAttack):
     label where it speaks louder, so the plane is that of both at once.
 
     Departures from the paper: images are cut to the box; each step goes 1e-4 (in l2) beyond its plane, as the
-    authors' code does; dual norms are at least 1e-8.
+    authors' code does; dual norms are at least 1e-8; the clean image is asked once more for its likeliest classes, as
+    a check; where the threat rounds to levels no step is so short that rounding undoes it.
 
     Args:
         threat: norm (linf, l2), radius and box; ``"inf"``: any distance is a success.
@@ -48,7 +49,7 @@ class DeepFool(IterativeAttack):
     Raises:
         ValueError: an argument out of its range, or a norm without a rule.
     References:
-        Moosavi-Dezfooli, Fawzi & Frossard 2016, https://arxiv.org/abs/1511.04599, algorithm 2, equation (11) for
+        Moosavi-Dezfooli, Fawzi & Frossard 2016, https://arxiv.org/abs/1511.04599, algorithm 2, section 3.3 for
         other norms; 50 steps, 0.02 and 10 classes as in the authors' code.
     """
 

@@ -53,14 +53,15 @@ class FAB(IterativeAttack):
     label where it speaks louder.
 
     Departures from the paper: the plane at an adversarial image serves the image drawn back from it too, which is
-    asked nothing itself, so a step costs one query rather than two; the final search aims 0.1 % of
-    the distance beyond the boundary; only the classes likeliest at the clean image are looked at.
+    asked nothing itself, so a step costs one query rather than two; the final search aims 0.1 % of the distance beyond
+    the boundary, clear of rounding; only the classes likeliest at the clean image are looked at, which is asked once
+    more for that, as a check; where the threat rounds to levels no step is so short that rounding undoes it.
 
     Args:
         threat: norm (linf, l2), radius and box; ``"inf"`` for the nearest image.
         steps: projections of a start.
-        restarts: starts while an image is unbroken within the radius: the first at x0, later ones at random half as
-            far away as the nearest image so far, or as the radius if that is less.
+        restarts: starts while an image is unbroken within the radius (so one where that is ``"inf"``): the first at
+            x0, later ones at random half as far away as the nearest image so far, or as the radius if that is less.
         alpha_max: largest weight of the clean image's way, in [0, 1].
         eta: length of the ways in terms of the projections', at least 1.
         beta: share of its distance that an adversarial image keeps, in (0, 1].
@@ -73,8 +74,8 @@ class FAB(IterativeAttack):
     Raises:
         ValueError: an argument out of its range, or a norm without a rule.
     References:
-        Croce & Hein 2020, https://arxiv.org/abs/1907.02044, algorithm 1; sections 3.1 (steps), 3.2 (beta, restarts,
-        final search).
+        Croce & Hein 2020, https://arxiv.org/abs/1907.02044, algorithm 1, with the paragraphs on the backward step,
+        the final search and random restarts.
     """
 
     access = Access.GRADIENT

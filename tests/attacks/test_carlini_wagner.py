@@ -190,7 +190,9 @@ def test_targets() -> None:
         normal = model.weight[target] - model.weight[y]
         gap = scores.gather(1, y[:, None])[:, 0] - scores[:, target]
         nearest = x + (gap / (normal**2).sum(1) * 1.0001)[:, None, None, None] * normal.view_as(x)
-        alone = (model(nearest).argmax(1) == target) & (y != target) & (nearest == nearest.clamp(0, 1)).flatten(1).all(1)
+        alone = (
+            (model(nearest).argmax(1) == target) & (y != target) & (nearest == nearest.clamp(0, 1)).flatten(1).all(1)
+        )
         few = alone.nonzero().squeeze(1)[:2]
         assert len(few) == 2
         aim = torch.full((2,), target)

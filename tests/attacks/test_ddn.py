@@ -19,7 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
 FAR, EIGHT_BITS = ThreatModel("l2", "inf"), ThreatModel("l2", "inf", levels=255)
 
 
-def plain(model: nn.Module, x0: Tensor, y: int, steps: int, gamma: float, levels: int | None, target: int | None) -> Any:
+def plain(
+    model: nn.Module, x0: Tensor, y: int, steps: int, gamma: float, levels: int | None, target: int | None
+) -> Any:
     """Algorithm 1 on one image (C, H, W): the images asked about, and which were adversarial."""
     delta, radius = torch.zeros_like(x0), 1.0
     worst = float(torch.stack([x0, 1 - x0]).amax(0).norm())
@@ -100,6 +102,8 @@ def test_what_it_returns_survives_an_8_bit_file() -> None:
 
 def test_the_sphere_grows_no_farther_than_the_farthest_corner() -> None:
     inner, x, y = safe()
+    with torch.no_grad():
+        inner.bias[0] = 90.0  # out of reach, and yet with a slope
     model = Recording(inner)
     result = DDN(FAR, 100, 0.2)(model, x, y)
     assert not result.success.any()
@@ -131,16 +135,15 @@ class Guarded(nn.Module):
 def test_a_detector_is_evaded_too(loss: Combined | None) -> None:
     inner, x, y, _ = near_boundary(5, "l2")
     w = (inner.weight[1] - inner.weight[0]).detach()
-    v = 0.5 * w + 3 * (images(1, 31).flatten() - 0.5)
-    model = Guarded(inner, v, float(-1.0 - (x.flatten(1) @ v).mean()))
-    assert (model.suspicion(x) < 0).all()
-    attack = DDN(FAR, 200) if loss is None else DDN(FAR, 200, loss=loss)
+    v = 0.5 * w + 3 * (images(1, 31).flatten() - 0.5)  # going for the other class alone raises suspicion
+    model = Guarded(inner, v, float(-0.1 - (x.flatten(1) @ v).amax()))
+    attack = DDN(FAR, 120) if loss is None else DDN(FAR, 120, loss=loss)
     result = attack(model, x, y)
     assert result.success.all()
     assert (decided(inner, result.x_adv) != y).all()
     assert (model.suspicion(result.x_adv) < 0).all()
-    assert (model.suspicion(DDN(FAR, 100)(inner, x, y).x_adv) > 0).any()  # which takes no heed of it
-    model.bias = 1e3
+    assert (model.suspicion(DDN(FAR, 60)(inner, x, y).x_adv) > 0).any()
+    model.bias = 300.0
     assert not attack(model, x, y).success.any()
 
 
@@ -169,14 +172,13 @@ def test_without_a_gradient_it_goes_at_random_on_the_sphere() -> None:
     attack = DDN(FAR, 5, seed=3)
     with pytest.warns(UserWarning, match="exactly 0"):
         attack(model, x, y)
-    way = [given - x for given in model.given]
+    way = [given.detach() - x for given in model.given]
     assert not way[0].any()
     lengths = way[1].flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 1.05))  # far inside the box
     cosine = torch.corrcoef(way[1].flatten(1)) - torch.eye(3)
     assert float(cosine.abs().max()) < 0.3  # each row draws its own
-    with pytest.warns(UserWarning, match="exactly 0"):
-        again = DDN(FAR, 5, seed=4).perturb(Stairs(inner), x, y, index=torch.arange(3))
+    again = DDN(FAR, 5, seed=4).perturb(Stairs(inner), x, y, index=torch.arange(3))
     assert again.isfinite().all()
 
 
@@ -206,10 +208,10 @@ def test_training_gets_the_nearest_of_its_own_images() -> None:
 @pytest.mark.parametrize("eot", [None, 5])
 def test_a_random_model(eot: int | None) -> None:
     inner, x, y, distance = near_boundary(3, "l2")
-    attack = DDN(FAR, 60, eot=eot)
+    attack = DDN(FAR, 40, eot=eot)
     result = attack(Noisy(inner, 3, 0.01), x, y)
     assert result.success.all()
-    assert (result.queries - result.checks).tolist() == [60 * (eot or 20)] * 3
+    assert (result.queries - result.checks).tolist() == [40 * (eot or 20)] * 3
     assert (result.distance < 1.3 * distance).all()
     counting = Counting(Noisy(inner, 3, 0.0), x)
     assert int(attack(QueryOracle(counting, 3, budget=99), x, y).queries.max()) <= 99

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_adv.attacks import DeepFool
 from lit_adv.defense import Defense
+from lit_adv.draws import Draws
 from lit_adv.oracle import QueryOracle
 from lit_adv.threat import Norm, ThreatModel
 
@@ -204,11 +205,11 @@ def test_a_stand_in_that_errs_does_not_end_the_search() -> None:
             super().__init__()
             self.at = nn.Parameter(torch.tensor(0.6, dtype=torch.float64))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, **draws: Draws) -> Tensor:
             gap = x.flatten(1).mean(1) - self.at
             return torch.stack([-gap, gap], 1)
 
-        def surrogate(self, x: Tensor, draws: object = None) -> Tensor:
+        def surrogate(self, x: Tensor, **draws: Draws) -> Tensor:
             return self(x + 0.02)
 
     x = torch.full((2, 1, 4, 4), 0.5, dtype=torch.float64)
