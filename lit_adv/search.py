@@ -332,7 +332,8 @@ class Search:
             return state, state.rows[:0]
         ended = state[over.nonzero().squeeze(1)]
         self._check_last(ended)
-        again = ~self.success[ended.rows] & (self.restart[ended.rows] + 1 < self.attack.restarts)
+        open_still = ~self.success[ended.rows] | (self._keeps_nearest & (self.distance[ended.rows] > 0))
+        again = open_still & (self.restart[ended.rows] + 1 < self.attack.restarts)
         again &= self.oracle.remaining(ended.rows) > 0
         self._close(ended[~again])
         anew = ended[again]

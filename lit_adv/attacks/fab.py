@@ -60,8 +60,8 @@ class FAB(IterativeAttack):
     Args:
         threat: norm (linf, l2), radius and box; ``"inf"`` for the nearest image.
         steps: projections of a start.
-        restarts: starts while an image is unbroken within the radius (so one where that is ``"inf"``): the first at
-            x0, later ones at random half as far away as the nearest image so far, or as the radius if that is less.
+        restarts: starts, while an image is unbroken within the radius or the nearest one is sought: the first at x0,
+            later ones at random half as far away as the nearest image so far, or as the radius if that is less.
         alpha_max: largest weight of the clean image's way, in [0, 1].
         eta: length of the ways in terms of the projections', at least 1.
         beta: share of its distance that an adversarial image keeps, in (0, 1].

@@ -259,6 +259,10 @@ def test_the_best_of_all_starts_is_kept() -> None:
     assert not one.success.any()
     assert (three.distance <= one.distance).all()
     assert (three.queries > one.queries).all()
+    many = FAB(ANY["l2"], 8, restarts=3)(model, x, y)  # without a radius every start is run
+    assert (many.distance <= once.distance).all()
+    assert (many.queries > once.queries).all()
+    assert (many.iterations >= once.iterations).all()
 
 
 # other models and uses
