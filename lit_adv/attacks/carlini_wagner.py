@@ -75,7 +75,8 @@ class CarliniWagner(IterativeAttack):
         threat: l2 with radius and box; ``eps: inf`` for the nearest image.
         iterations: most of one constant.
         search_steps: constants tried; 1 leaves it as given.
-        step_size: of Adam, in tanh space.
+        step_size: of Adam, in tanh space. A black or white pixel lies 7.3 from the middle there, so few iterations
+            need longer steps than the paper's 0.01.
         constant: the first c, > 0.
         kappa: least margin of what counts as adversarial, in logits, >= 0; larger ones carry over to other models.
         abort_early: give a constant up without progress. False: run all iterations.
@@ -112,7 +113,11 @@ class CarliniWagner(IterativeAttack):
         check_threat(threat)
         if threat.norm != "l2":
             raise ValueError(f"threat must be in l2, the distance this attack minimises, got {threat.norm!r}: use PGD")
-        for name, number in (("iterations", iterations), ("search_steps", search_steps), ("eot", eot or 1)):
+        for name, number in (
+            ("iterations", iterations),
+            ("search_steps", search_steps),
+            ("eot", 1 if eot is None else eot),
+        ):
             if number < 1 or number != int(number):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
         for name, value in (("step_size", step_size), ("constant", constant)):

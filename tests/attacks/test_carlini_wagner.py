@@ -277,20 +277,20 @@ def test_where_no_constant_succeeds() -> None:
 
 
 def test_giving_up_early_costs_little() -> None:
-    model, x = Small(scale=4.0), images(12, 7)
+    model, x = Small(scale=4.0), images(6, 7)
     y = decided(model, x)
     early, late = (CarliniWagner(FAR, 100, 4, constant=0.02, abort_early=abort)(model, x, y) for abort in (True, False))
     assert early.success.all()
     assert late.success.all()
     assert (early.distance < 1.02 * late.distance).all()
-    assert int(early.queries.sum()) < 0.8 * int(late.queries.sum())
-    assert late.counts[ZERO_GRADIENT] == (0, 4800)  # a hinge at 0 is no fault of the model
+    assert int(early.queries.sum()) < 0.9 * int(late.queries.sum())
+    assert late.counts[ZERO_GRADIENT] == (0, 2400)  # a hinge at 0 is no fault of the model
 
 
 def test_training_gets_the_nearest_of_its_own_images() -> None:
     model, x = Small(scale=4.0), images(6, 7)
     y = decided(model, x)
-    attack = CarliniWagner(FAR, 60, 4, abort_early=False)
+    attack = CarliniWagner(FAR, 40, 3, 0.02, constant=0.01, abort_early=False)
     found = attack.perturb(model, x, y)
     torch.testing.assert_close(found, attack(model, x, y).x_adv, rtol=0, atol=1e-6)
     small = attack.with_threat(ThreatModel("l2", 0.1))
@@ -323,13 +323,31 @@ def test_slopes_that_are_not_finite_stay_out_of_the_way() -> None:
     assert result.x_adv.isfinite().all()
 
 
+def test_a_model_without_slopes_is_named_and_left_unbroken() -> None:
+    class Stairs(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner((4 * x).round() / 4)
+
+    inner, x, _, _ = near_boundary(3, "l2")
+    x[0] = 0
+    model = Stairs(inner)
+    with pytest.warns(UserWarning, match="exactly 0"):
+        result = CarliniWagner(FAR, 20, 3)(model, x, decided(model, x))
+    assert not result.success.any()
+    torch.testing.assert_close(result.x_adv, x, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("eot", [None, 5])
 def test_a_random_model(eot: int | None) -> None:
     inner, x, y, distance = near_boundary(3, "l2")
-    attack = CarliniWagner(FAR, 60, 3, 0.01, 0.1, abort_early=False, eot=eot)
+    attack = CarliniWagner(FAR, 40, 2, 0.02, 0.1, abort_early=False, eot=eot)
     result = attack(Noisy(inner, 3, 0.01), x, y)
     assert result.success.all()
-    assert (result.queries - result.checks).tolist() == [180 * (eot or 20)] * 3
+    assert (result.queries - result.checks).tolist() == [80 * (eot or 20)] * 3
     assert (result.distance < 1.3 * distance).all()
     oracle = QueryOracle(Noisy(inner, 3, 0.01), 3, budget=100)
     assert int(attack(oracle, x, y).queries.max()) <= 100
@@ -346,7 +364,7 @@ def test_a_random_model(eot: int | None) -> None:
         ({"constant": float("inf")}, "constant"),
         ({"kappa": -1.0}, "kappa"),
         ({"beta": float("nan")}, "beta"),
-        ({"eot": -1}, "eot"),
+        ({"eot": 0}, "eot"),
     ],
 )
 def test_bad_arguments(named: dict[str, Any], message: str) -> None:
