@@ -108,7 +108,8 @@ def margin_to(
 def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
     """Difference of logits ratio: the margin, free of the logits' shift and scale.
 
-    Untargeted: ``(max other - z_y) / (z_(1) - z_(3))``. Targeted: ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
+    Untargeted: ``(max other - z_y) / (z_(1) - z_(3))``. Targeted: ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``. Of a
+    refusal and the true class the larger counts as z_y.
 
     Raises:
         ValueError: fewer than 3 classes, or 4 if targeted: the ratio does not exist.
@@ -121,7 +122,10 @@ def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | N
     top = scores.topk(needed, dim=-1).values
     if target is None:
         return margin(scores, y, None, reject) / (top[..., 0] - top[..., 2]).clamp_min(1e-12)
-    gap = _column(scores, target) - _column(scores, y)
+    own = _column(scores, y)
+    if reject is not None:  # else nothing would press a refusal down
+        own = torch.maximum(own, scores[..., reject])
+    gap = _column(scores, target) - own
     return gap / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2).clamp_min(1e-12)
 
 

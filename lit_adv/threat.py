@@ -105,17 +105,17 @@ class ThreatModel:
         if self.norm == "linf":
             lower, upper = (x0 - self.radius).clamp_min(low), (x0 + self.radius).clamp_max(high)
             return x.clamp(lower, upper)
-        return torch.where(self._outside(x - x0), x0 + self._shrink(x - x0), x).clamp(low, high)
+        delta = x - x0
+        length = norm_of(delta.flatten(-3), self.norm)[..., None, None, None]
+        return torch.where(length > self.radius, self._shrink(delta, length).add_(x0), x).clamp(low, high)
 
-    def _outside(self, delta: Tensor) -> Tensor:
-        return norm_of(delta.flatten(-3), self.norm)[..., None, None, None] > self.radius
-
-    def _shrink(self, delta: Tensor) -> Tensor:
-        flat = delta.flatten(-3)
+    def _shrink(self, delta: Tensor, length: Tensor) -> Tensor:
+        """The nearest perturbation in the ball, of one that is ``length`` long; may reuse its memory."""
         if self.norm == "l2":
-            length = flat.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-            flat = flat * (self.radius / length)
-        elif self.norm == "l1":
+            share = self.radius / length.clamp_min(torch.finfo(delta.dtype).tiny)
+            return delta * share if delta.requires_grad else delta.mul_(share)
+        flat = delta.flatten(-3)
+        if self.norm == "l1":
             flat = _onto_l1(flat, self.radius)
         else:
             flat = _keep_largest(flat, int(self.radius))
@@ -131,9 +131,11 @@ class ThreatModel:
         if self.norm == "linf":
             return gradient.sign()  # the sign of NaN is 0 in torch
         flat = gradient.flatten(1)
-        flat = torch.where(flat.isfinite(), flat, 0.0)
-        if self.norm == "l2":
+        largest = flat.abs().amax(1, keepdim=True)
+        if not bool(largest.isfinite().all()):
+            flat = torch.where(flat.isfinite(), flat, 0.0)
             largest = flat.abs().amax(1, keepdim=True)
+        if self.norm == "l2":
             flat = flat / torch.where(largest > 0, largest, 1.0)  # so that tiny gradients do not underflow
             length = flat.norm(dim=1, keepdim=True)
             return (flat / torch.where(length > 0, length, 1.0)).view_as(gradient)

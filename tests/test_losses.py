@@ -38,7 +38,8 @@ def by_hand(name: str, row: list[float], y: int, target: int | None, reject: int
         return min(by_hand("margin", row, y, target, reject), 0)
     if target is None:
         return (max(others) - max(mine)) / (ordered[0] - ordered[2])
-    return (row[target] - row[y]) / (ordered[0] - (ordered[2] + ordered[3]) / 2)
+    right = row[y] if reject is None else max(row[y], row[reject])
+    return (row[target] - right) / (ordered[0] - (ordered[2] + ordered[3]) / 2)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -55,9 +55,8 @@ class APGD(IterativeAttack):
     turns, likeliest first, ``restarts`` times over. The loss is that of the aim; a success is any wrong class all the
     same. An image of fewer wrong classes has fewer starts.
 
-    Of a detector's answers an untargeted loss takes a refusal for the true class, and ``dlr`` counts the refusal among
-    the logits of its denominator too, so that it stays free of shift and scale. Towards an aim ``margin`` and
-    ``Combined`` press a refusal down as well.
+    Of a detector's answers the losses take a refusal for the true class, and ``dlr`` counts it among the logits of its
+    denominator too, so that it stays free of shift and scale.
 
     Args:
         threat: norm (linf, l2 or l1), radius and box.

@@ -254,7 +254,7 @@ def test_a_target_of_the_caller_is_all_that_is_aimed_at() -> None:
 
 
 class Detector(Defense):
-    """Refuses, in column 4, what the likeliest classes of the clean image are mistaken for: bright images."""
+    """Refuses bright images, in column 4."""
 
     num_classes, reject = 4, 4
 
