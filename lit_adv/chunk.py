@@ -19,9 +19,11 @@ class Chunk:
             raise ValueError(f"chunk must be at least 1 image per forward or None, got {size}")
         self.settled = size is not None
         self.given = size is not None
+        self.fallen = False  # by running out of memory
         self.fits = 0  # most images of which one graph has stood
         self.limit = 1024 if device.type == "cpu" else 16384
         self.size = size if size is not None else (64 if device.type == "cpu" else 256)
+        self._first, self._backward = self.size, False
         self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
 
     @property
@@ -29,8 +31,17 @@ class Chunk:
         """Most images whose graph may stand at once: where nobody has set a limit, as many as it once did."""
         return self.size if self.given else max(self.size, self.fits)
 
-    def observe(self, images: int, seconds: float) -> None:
-        """Learn from a forward; only (nearly) full ones count, and the first at each size is a warm-up."""
+    def observe(self, images: int, seconds: float, backward: bool = False) -> None:
+        """Learn from a forward; only (nearly) full ones count, and the first at each size is a warm-up.
+
+        Those with a backward are three times dearer: from the first of them on they alone count, from the start.
+        """
+        if backward and not self._backward:
+            self._backward, self.settled = True, self.given or self.fallen
+            self.size = self.size if self.settled else self._first
+            self._best, self._previous_rate, self._seen = 0.0, 0.0, 0
+        if self._backward and not backward:
+            return
         if self.settled or 4 * images < 3 * self.size:  # blocks of a population seldom divide the size
             return
         self._seen += 1
@@ -55,4 +66,4 @@ class Chunk:
         """One step down after running out of memory; raises again where one image is too much."""
         if self.size == 1:
             raise torch.OutOfMemoryError("out of memory with a single image in the forward: use a smaller model")
-        self.size, self.settled, self.fits = self.size // 2, True, 0
+        self.size, self.settled, self.fallen, self.fits = self.size // 2, True, True, 0

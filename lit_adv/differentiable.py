@@ -64,7 +64,7 @@ class Differentiable(torch.autograd.Function):
                 begun = oracle._now(flat.device)
                 gradient = _gradient(oracle, answer, leaf, grad_output)
                 oracle.chunk_tuner.fits = max(oracle.chunk_tuner.fits, len(flat))
-                oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun)
+                oracle.chunk_tuner.observe(len(flat), ctx.seconds + oracle._now(flat.device) - begun, backward=True)
                 return gradient, None, None
             except torch.OutOfMemoryError:
                 del leaf, answer

@@ -330,8 +330,12 @@ class Search:
             over = over | self._broke(state)
         if not over.any():
             return state, state.rows[:0]
-        ended = state[over.nonzero().squeeze(1)]
+        every = bool(over.all())  # then nothing need be copied
+        ended = state if every else state[over.nonzero().squeeze(1)]
         self._check_last(ended)
+        if self.attack.restarts == 1:
+            self._close(ended)
+            return state[(~over).nonzero().squeeze(1)], state.rows[:0]
         open_still = ~self.success[ended.rows] | (self._keeps_nearest & (self.distance[ended.rows] > 0))
         again = open_still & (self.restart[ended.rows] + 1 < self.attack.restarts)
         again &= self.oracle.remaining(ended.rows) > 0
@@ -351,17 +355,18 @@ class Search:
         if self.attack.stop_at_hit or self.attack.minimizes_distance:
             unsure &= ~self.success[ended.rows]
         if unsure.any():
-            last = ended[unsure.nonzero().squeeze(1)]
+            last = ended if bool(unsure.all()) else ended[unsure.nonzero().squeeze(1)]
             ask = self.label if self.attack.access == Access.LABEL else self.scores
             ask(self.threat.project(last.x, last.x0), last, check=True)
 
     def _close(self, ended: State) -> None:
         """Write down what rows that found nothing leave behind, and tell the caller of all that ended."""
-        open_rows = ~self.success[ended.rows]
-        lost = ended[open_rows.nonzero().squeeze(1)]
-        self.iterations[lost.rows] = self._earlier[lost.rows] + lost.t
-        blank = lost[(self.distance[lost.rows] == torch.inf).nonzero().squeeze(1)]
-        self.x_adv[blank.rows] = self.threat.project(blank.x, blank.x0)
+        lost = (~self.success[ended.rows]).nonzero().squeeze(1)
+        rows = ended.rows[lost]
+        self.iterations[rows] = self._earlier[rows] + ended.t[lost]
+        blank = lost[self.distance[rows] == torch.inf]
+        if len(blank):
+            self.x_adv[ended.rows[blank]] = self.threat.project(ended.x[blank], ended.x0[blank])
         if self.finished is not None and len(ended):
             self.finished(ended.rows, self.result()[ended.rows])
 

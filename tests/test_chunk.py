@@ -77,3 +77,29 @@ def test_halving_down_to_one_image() -> None:
         assert (chunk.size, chunk.settled) == (expected, True)
     with pytest.raises(torch.OutOfMemoryError, match="single image"):
         chunk.halve()
+
+
+def test_forwards_with_a_backward_count_from_the_first_of_them_on() -> None:
+    chunk = Chunk(None, torch.device("cpu"))
+    for _ in range(40):
+        chunk.observe(chunk.size, 1e-3 * chunk.size)  # no gain by more: settled
+    assert chunk.settled
+    chunk.observe(chunk.size, 0.1, backward=True)
+    assert (chunk.size, chunk.settled) == (64, False)
+    for _ in range(3):
+        chunk.observe(64, 0.1, backward=True)
+    before = chunk.size
+    assert before == 128
+    for _ in range(20):
+        chunk.observe(128, 1e-6)  # plain forwards tell nothing now
+    assert (chunk.size, chunk.settled) == (128, False)
+
+
+def test_a_given_or_halved_size_stays() -> None:
+    given, fallen = Chunk(8, torch.device("cpu")), Chunk(None, torch.device("cpu"))
+    fallen.halve()
+    for chunk in (given, fallen):
+        size = chunk.size
+        for _ in range(6):
+            chunk.observe(size, 1e-3, backward=True)
+        assert (chunk.size, chunk.settled) == (size, True)
