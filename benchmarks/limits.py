@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from measure import Clock, Comparison, in_turn, seconds
@@ -24,7 +25,12 @@ MOST = {"linf": ThreatModel("linf", TINY), "l2": ThreatModel("l2", TINY)}
 
 @dataclass(frozen=True)
 class Case:
-    """An attack on a model, how many images it gets, and the queries of each; None: its steps say when to end."""
+    """An attack on a model, how many images it gets, and the queries of each; None: its steps say when to end.
+
+    Attributes:
+        sizes: batch sizes that the baseline may choose from. goal: largest ratio that we want to see.
+        backwards: single backward passes that the baseline makes after each forward that is differentiated.
+    """
 
     name: str
     model: nn.Module
@@ -34,6 +40,7 @@ class Case:
     sizes: tuple[int, ...]
     goal: float
     budget: int | None = None
+    backwards: int = 1
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Count:
     differentiated: int = 0
 
     def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].requires_grad:
+        if inputs[0].requires_grad and torch.is_grad_enabled():
             self.differentiated += len(inputs[0])
         else:
             self.plain += len(inputs[0])
@@ -131,19 +138,25 @@ def compare(case: Case, device: torch.device, repetitions: int, clock: Clock) ->
     x, y = _sure_images(model, case.images, case.shape, device)
     count = Count()
     handle = model.register_forward_pre_hook(count)
-    _attack(case, model, x, y)
+    charged = int(_attack(case, model, x, y).queries.sum())
     handle.remove()
+    # what is forwarded twice is charged once; the baseline need not do so
+    plain = charged - count.differentiated
     differentiates = count.differentiated > 0
     size = best_size(model, case.shape, case.sizes, clock, device, differentiates)
     batch = torch.rand(size, *case.shape, device=device)
+    back = partial(_forward_backward, backwards=case.backwards)
 
     def baseline() -> None:
-        _passes(_forward_backward, model, batch, count.differentiated)
-        _passes(_forward, model, batch, count.plain)
+        _passes(back, model, batch, count.differentiated)
+        _passes(_forward, model, batch, plain)
 
     base, ours = in_turn(baseline, lambda: _attack(case, model, x, y), repetitions, clock)
     kind = "forward and backward" if differentiates else "forward"
-    work = f"{count.plain + count.differentiated:,} images, {kind}, best in batches of {size}"
+    kind += f" {case.backwards} times" if case.backwards > 1 else ""
+    work = f"{charged:,} images, {kind}, best in batches of {size}"
+    if count.plain > plain:
+        work += f"; {count.plain - plain:,} forwards made twice"
     return Comparison(case.name, case.goal, work, base, ours)
 
 
@@ -203,6 +216,8 @@ def _forward(model: nn.Module, x: Tensor) -> Tensor:
     return answer
 
 
-def _forward_backward(model: nn.Module, x: Tensor) -> Tensor:
+def _forward_backward(model: nn.Module, x: Tensor, backwards: int = 1) -> None:
     leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(model(leaf).sum(), leaf)[0]
+    total = model(leaf).sum()
+    for left in reversed(range(backwards)):
+        torch.autograd.grad(total, leaf, retain_graph=left > 0)

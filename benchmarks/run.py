@@ -15,13 +15,14 @@ import limits
 import startup
 import torch
 import training
+import white_box
 from measure import Comparison, clock_for
 from rich.console import Console
 from rich.table import Table
 
 from lit_adv.cli import keep_memory
 
-PARTS = ("attacks", "black-box", "training", "startup")
+PARTS = ("attacks", "black-box", "white-box", "training", "startup")
 
 
 def main() -> None:
@@ -59,6 +60,9 @@ def _comparisons(options: argparse.Namespace) -> Iterator[Comparison]:
     if "black-box" in options.only:
         for attack in limits.black_box_cases(options.quick):
             yield limits.compare(attack, options.device, repetitions, clock)
+    if "white-box" in options.only:
+        for attack in white_box.cases(options.quick):
+            yield white_box.measured(attack, options.device, repetitions, clock)
     if "training" in options.only:
         for case in training.cases(options.quick):
             yield training.compare(case, options.device, repetitions, clock)
