@@ -17,9 +17,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-from lit_adv.callbacks import AttackEvaluation
+from lit_adv.callbacks import AttackEvaluation, Audit
 from lit_adv.datamodules import ImageDataModule
 from lit_adv.evaluation import versions
+from lit_adv.probes import IMAGES
 from lit_adv.report import Report
 from lit_adv.suggestions import explain
 from lit_adv.tasks import Checkpoint, Classification, Task, export_checkpoint, load_weights
@@ -246,6 +247,9 @@ class EvaluateCLI(AdvCLI):
                 attack.protocol = replace(attack.protocol, max_samples=self._get(self.config, "max_samples"))
             if attack.dirpath is None:
                 attack.dirpath = root / self.run_name  # not the version's folder: a broken run must be found again
+        if self._get(self.config, "audit") and self.audit is None:
+            audit = Audit(self._get(self.config, "audit_images"), root / self.run_name)
+            self.trainer.callbacks.append(audit)  # type: ignore[attr-defined]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where the report is put."""
@@ -256,12 +260,22 @@ class EvaluateCLI(AdvCLI):
         parser.add_argument(
             "--max_samples", type=int | None, default=None, help="Test images to look at, for every attack."
         )
+        parser.add_argument("--audit", type=bool, default=True, help="Whether to probe if the figures can be believed.")
+        parser.add_argument(
+            "--audit_images", type=int, default=IMAGES, help="Images that the audit probes, right at first."
+        )
 
     @property
     def attacks(self) -> list[AttackEvaluation]:
         """The attacks among the trainer's callbacks."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks if isinstance(callback, AttackEvaluation)]
+
+    @property
+    def audit(self) -> Audit | None:
+        """The audit among the trainer's callbacks."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Audit)), None)
 
     def attack(self) -> Report | None:
         """Test and attack the network; ``None`` on all processes but the first."""
@@ -276,7 +290,8 @@ class EvaluateCLI(AdvCLI):
             images = len(self.datamodule.dataset("test"))
             facts = {"accuracy on the test set": f"{100 * accuracy:.2f} % of {images:,} clean images", **facts}
         outcomes = [attack.outcome for attack in self.attacks if attack.outcome is not None]
-        return Report(outcomes, self.model_name, self.datamodule.name, facts)
+        probed = self.audit.probed if self.audit is not None else []
+        return Report(outcomes, self.model_name, self.datamodule.name, facts, probed)
 
     def evaluate(self) -> Report | None:
         """Test and attack the network, print the table, write the report."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_adv.attack import Attack
 from lit_adv.datamodules import Batch, ImageDataModule
+from lit_adv.probes import IMAGES, Probing, outputs, seen_by
 from lit_adv.protocol import Protocol
 from lit_adv.report import Report
 from lit_adv.trial import Trial
@@ -30,6 +31,7 @@ def evaluate(
     max_samples: int | None = None,
     name: str | None = None,
     progress: bool = False,
+    audit: bool | int = True,
 ) -> Report:
     """Attack a model with several attacks; the same records, measures and report as ``evaluate.py``.
 
@@ -42,6 +44,8 @@ def evaluate(
         max_samples: images looked at; None: all.
         name: of the model in the report; default its class.
         progress: whether to show a bar per attack.
+        audit: whether to probe if the figures can be believed, see docs/audit.md; a number: on so many images, right at
+            first, instead of 64. Costs up to 200 gradients an image. False: the report tells what records alone tell.
 
     Returns:
         The report: print it, look at ``report.outcomes``, or ``report.write(folder)``.
@@ -62,15 +66,23 @@ def evaluate(
         Trial(protocol, model, data, classes, records, progress=progress, place=place, training=training)
         for place, protocol in enumerate(protocols)
     ]
+    images = IMAGES if audit is True else int(audit)
+    probing = None
+    if images:
+        place = None if folder is None else folder / "audit"
+        probing = Probing(model, images, seen_by(protocols), outputs(protocols), data, place, progress)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for batch in _batches(loader):
         moved = Batch(*(part.to(device) for part in batch))
         for trial in trials:
             trial.add(moved)
+        if probing is not None:
+            probing.add(moved)
         if all(trial.full for trial in trials):
             break
     outcomes = [trial.outcome(trial.close()) for trial in trials]
-    report = Report(outcomes, name or type(model).__name__, data or "images given", versions())
+    probed = [] if probing is None else probing.audited(outcomes, [p.attack.threat for p in protocols])
+    report = Report(outcomes, name or type(model).__name__, data or "images given", versions(), probed)
     if folder is not None:
         report.write(folder)
     return report

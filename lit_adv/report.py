@@ -16,15 +16,19 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_adv.audit import Audited, complete
+from lit_adv.checks import of_records
 from lit_adv.metrics import Records
 from lit_adv.metrics import summary as definitions
-from lit_adv.metrics.summary import Summary, common, mcnemar, robust_accuracy, summarize, worst_case
+from lit_adv.metrics.summary import Summary, mcnemar, summarize, worst_case
 from lit_adv.outcome import Comparison, Outcome, Verdict
 from lit_adv.pictures import Examples, Line, curves_png, examples_png, image_grid, panels, png
 from lit_adv.tables import FIGURES, Row, columns, csv_bytes, interval, markdown, p_value, percent, threat
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_FEW, _UNLIKELY = 10, 0.05  # more paired tests than these are printed only where p is below
 
 __all__ = ["Comparison", "Examples", "Outcome", "Report", "Verdict", "image_grid"]
 
@@ -37,10 +41,19 @@ class Report:
         model: The model's name; that of every outcome which names none.
         data: The data set's name and split.
         facts: Further facts to print, as versions and date, by name.
+        probed: What the audit's probes have found about the models; None: nothing was probed.
+
+    Attributes:
+        audits: What speaks for and against believing the figures, for each model and threat model.
     """
 
     def __init__(
-        self, outcomes: Sequence[Outcome], model: str, data: str, facts: Mapping[str, str] | None = None
+        self,
+        outcomes: Sequence[Outcome],
+        model: str,
+        data: str,
+        facts: Mapping[str, str] | None = None,
+        probed: Sequence[Audited] = (),
     ) -> None:
         self.model, self.data, self.facts = model, data, dict(facts or {})
         self.outcomes = [replace(outcome, model=outcome.model or model) for outcome in outcomes]
@@ -52,11 +65,12 @@ class Report:
             groups.setdefault((outcome.model, outcome.norm, outcome.eps), []).append(outcome)
         self._groups = list(groups.values())
         self.verdicts = [_verdict(group) for group in self._groups]
+        self.probed = [replace(each, model=each.model or model) for each in probed]
+        self.audits = [_audited(group, self.probed) for group in self._groups]
 
     def warnings(self) -> list[str]:
-        """Return a warning for each black-box attack that does better than the best white-box one."""
-        texts = [_masked(outcome, group) for group in self._groups for outcome in group]
-        return [text for text in texts if text]
+        """Return what the audit warns of, each with its setting, its figures and what to run next."""
+        return [warning for audit in self.audits for warning in audit.warnings]
 
     def remarks(self) -> list[str]:
         """Return what the figures leave open."""
@@ -95,7 +109,7 @@ class Report:
             if " " in name:
                 console.print(f"{name}: {fact}", highlight=False)
         console.print(self.table(brief=console.width < 150))
-        for line in self._closing():
+        for line in self._closing(brief=True):
             console.print(line, highlight=False, markup=False)
 
     def table(self, brief: bool = False) -> Table:
@@ -121,7 +135,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        """Return the table, the verdicts and the warnings as plain text."""
+        """Return the table, the verdicts and the audit as plain text."""
         from rich.console import Console
 
         console = Console(width=400, color_system=None)
@@ -140,13 +154,23 @@ class Report:
         title = f"# {self.model} on {self.data}" + (f", {threats.pop()}" if len(threats) == 1 else "")
         return f"{title}\n\n" + "\n".join(lines) + "\n"
 
-    def _closing(self) -> list[str]:
+    def _closing(self, brief: bool = False) -> list[str]:
+        """Return the lines below the table; ``brief`` leaves out what the audit has nothing to say against."""
         lines = [f"{verdict.setting}: {verdict.sentence}" for verdict in self.verdicts] + self.remarks()
-        lines += [
-            f"{test.first} against {test.second}: McNemar's p {p_value(test.test.p)}" for test in self.comparisons()
-        ]
+        lines += self._compared()
         lines += [f"{label}: {note}" for label, o in zip(self.labels, self.outcomes, strict=True) for note in o.notes]
-        return lines + [f"WARNING: {warning}" for warning in self.warnings()]
+        for audit in self.audits:
+            lines += [f"WARNING: {warning}" for warning in audit.warnings]
+            lines += [audit.summary] if brief else audit.lines
+        return lines
+
+    def _compared(self) -> list[str]:
+        """Return the paired tests in words; of many, those that tell two attacks apart."""
+        tests = self.comparisons()
+        told = [each for each in tests if len(tests) <= _FEW or (each.test.p is not None and each.test.p < _UNLIKELY)]
+        lines = [f"{t.first} against {t.second}: McNemar's p {p_value(t.test.p)} (n {t.test.n:,})" for t in told]
+        left = len(tests) - len(told)
+        return lines + ([f"{left} further paired tests have p >= {_UNLIKELY:g}: report.json"] if left else [])
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but records and pictures, ready for strict JSON: infinite numbers become None."""
@@ -166,6 +190,10 @@ class Report:
             "facts": self.facts,
             "verdicts": [{**asdict(verdict), "sentence": verdict.sentence} for verdict in self.verdicts],
             "warnings": self.warnings(),
+            "audit": [
+                {"model": a.model, "norm": a.norm, "eps": a.eps, "findings": [f.as_dict() for f in a.findings]}
+                for a in self.audits
+            ],
             "remarks": self.remarks(),
             "outcomes": outcomes,
             "comparisons": [asdict(comparison) for comparison in self.comparisons()],
@@ -257,27 +285,12 @@ def _worst_row(verdict: Verdict) -> Row:
     return Row(verdict.model, name, kind, "", None, summary, worst=True)
 
 
-def _masked(black: Outcome, group: Sequence[Outcome]) -> str | None:
-    """Say if a black-box attack does better than the best white-box one on the same images."""
-    # An untargeted attack has the easier task: that it beats a targeted one says nothing.
-    whites = [o for o in group if o.access == "gradient" and (_targeted(black) or not _targeted(o))]
-    if black.access == "gradient" or not whites:
-        return None
-    white = min(whites, key=lambda o: robust_accuracy(common([o.records, black.records])[0]) or 0.0)
-    seen, known = common([black.records, white.records])
-    low, high = robust_accuracy(seen), robust_accuracy(known)
-    if low is None or high is None or low >= high:
-        return None
-    return (
-        "a black-box attack does better than a white-box one: gradients may be masked "
-        f"({black.model}, {threat(black.norm, black.eps)}: {black.name} leaves {percent(low)} %, {white.name} "
-        f"{percent(high)} % of the same {len(seen):,} images; "
-        f"McNemar's p: {p_value(mcnemar(black.records, white.records).p)})"
-    )
-
-
-def _targeted(outcome: Outcome) -> bool:
-    return bool((outcome.records.target >= 0).any())
+def _audited(group: Sequence[Outcome], probed: Sequence[Audited]) -> Audited:
+    """What probes and records tell of one model under one threat model."""
+    first = group[0]
+    key = first.model, first.norm, first.eps
+    found = [finding for each in probed if (each.model, each.norm, each.eps) == key for finding in each.findings]
+    return Audited(*key, complete([*found, *of_records(group)]))
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The command lines: one training, one evaluation, and clear errors."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +87,30 @@ def test_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 def test_any_module_can_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"--data={CONFIGS}/data/digits.yaml", "--data.max_test=20", "--trainer.accelerator=cpu"]
     attack = f"--trainer.callbacks+={CONFIGS}/attack/pgd_linf_digits.yaml"
-    network = ["--model.module=lit_adv.models.DigitsNet", "--model.module.filters=[2,2]"]
+    network = ["--model.module=lit_adv.models.DigitsNet", "--model.module.filters=[4,8]"]
     evaluate_main([*network, *data, attack, "--trainer.callbacks.attack.steps=1", *QUIET])
     assert "DigitsNet" in capsys.readouterr().out
+
+
+def test_the_audit_is_part_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_main(["fit", "--config", STANDARD, "--data.max_train=400", "--epochs=3", *QUIET])
+    data = [f"--data={CONFIGS}/data/digits.yaml", "--data.max_test=40", "--trainer.accelerator=cpu"]
+    attack = [f"--trainer.callbacks+={CONFIGS}/attack/pgd_linf_digits.yaml", "--report=out"]
+    network = f"--model.checkpoint={tmp_path}/checkpoints/digits_standard.ckpt"
+
+    def findings(*arguments: str) -> dict[str, dict[str, Any]]:
+        evaluate_main([network, *data, *attack, *QUIET, *arguments])
+        (audit,) = json.loads((tmp_path / "out" / "report.json").read_text())["audit"]
+        return {finding["check"]: finding for finding in audit["findings"]}
+
+    found = findings("--audit_images=12")
+    assert found["blind"]["n"] == 12
+    assert {found[check]["status"] for check in ("blind", "slope", "growth", "repeats")} == {"PASS"}
+    assert "audit: " in capsys.readouterr().out
+    assert list((tmp_path / "runs" / "run" / "audit").glob("linf_0.15_pgd50/*/rank0.jsonl"))
+    assert "not probed" in findings("--audit=false")["blind"]["said"]
+    assert "audit_images must be at least 1, got 0" in refused(capsys, evaluate_main, network, *data, *attack,
+                                                               "--audit_images=0")  # fmt: skip
 
 
 @pytest.mark.parametrize(

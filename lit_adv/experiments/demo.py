@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lit_adv.audit import Audited
 from lit_adv.cli import EvaluateCLI, quiet, train_main
 from lit_adv.report import Outcome, Report
 
@@ -44,6 +45,7 @@ def demo(folder: Path, images: int = 200, epochs: int | None = None) -> Report:
         folder: for logs, weights and records. images: test images to attack. epochs: of training.
     """
     outcomes: list[Outcome] = []
+    probed: list[Audited] = []
     facts: dict[str, str] = {}
     for model, config in MODELS.items():
         weights = folder / f"{config}.ckpt"
@@ -52,8 +54,9 @@ def demo(folder: Path, images: int = 200, epochs: int | None = None) -> Report:
         print(f"attacking the {model} classifier", flush=True)
         report = attack(config, weights, folder, images)
         outcomes += [replace(outcome, model=model) for outcome in report.outcomes]
+        probed += [replace(audit, model=model) for audit in report.probed]
         facts |= {f"{model}, {name}" if " " in name else name: fact for name, fact in report.facts.items()}
-    return Report(outcomes, "plain and adversarially trained classifier", "digits", facts)
+    return Report(outcomes, "plain and adversarially trained classifier", "digits", facts, probed)
 
 
 def train(config: str, weights: Path, folder: Path, epochs: int | None) -> None:
