@@ -41,7 +41,7 @@ def evaluate(
         attacks: attacks by name, or a list of attacks or :class:`~lit_adv.protocol.Protocol`.
         budget: queries per image, for attacks that bring no protocol of their own.
         dirpath: folder for the records, from which a broken run resumes, and for the report; None: nothing is written.
-        max_samples: images looked at; None: all.
+        max_samples: most images that any attack looks at; None: as the protocols say, else all.
         name: of the model in the report; default its class.
         progress: whether to show a bar per attack.
         audit: whether to probe if the figures can be believed, see docs/audit.md; a number: on so many images, right at
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         ValueError: no attack, or input that no attack can work on.
     """
-    protocols = _protocols(attacks, budget, max_samples)
+    protocols = [_limited(protocol, max_samples) for protocol in _protocols(attacks, budget)]
     folder = None if dirpath is None else Path(dirpath)
     data = loader.name if isinstance(loader, ImageDataModule) else ""
     classes = loader.num_classes if isinstance(loader, ImageDataModule) else None
@@ -98,7 +98,12 @@ def versions() -> dict[str, str]:
     return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "lit_adv": __version__, **packages}
 
 
-def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) -> list[Protocol]:
+def _limited(protocol: Protocol, most: int | None) -> Protocol:
+    own = protocol.max_samples
+    return protocol if most is None or (own is not None and own <= most) else replace(protocol, max_samples=most)
+
+
+def _protocols(attacks: Attacks, budget: int | None) -> list[Protocol]:
     if isinstance(attacks, type):
         raise TypeError(
             f"attacks holds the class {attacks.__name__}, not an attack: call it, as in {attacks.__name__}()"
@@ -108,7 +113,7 @@ def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) ->
     if not attacks:
         raise ValueError("attacks is empty: give at least one, e.g. [PGD()]")
     if isinstance(attacks, Mapping):
-        return [_protocol(attack, name, budget, max_samples) for name, attack in attacks.items()]
+        return [_protocol(attack, name, budget) for name, attack in attacks.items()]
     given = [attack.name for attack in attacks if isinstance(attack, Protocol)]
     if len(set(given)) < len(given):
         raise ValueError(f"every protocol needs a name of its own, got {', '.join(given)}")
@@ -122,16 +127,16 @@ def _protocols(attacks: Attacks, budget: int | None, max_samples: int | None) ->
         numbered = (f"{plain}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain([plain], numbered) if name not in taken)
         taken.add(name)
-        found.append(_protocol(attack, name, budget, max_samples))
+        found.append(_protocol(attack, name, budget))
     return found
 
 
-def _protocol(attack: Attack | Protocol, name: str, budget: int | None, max_samples: int | None) -> Protocol:
+def _protocol(attack: Attack | Protocol, name: str, budget: int | None) -> Protocol:
     if isinstance(attack, Protocol):
         return replace(attack, name=name)
     if not isinstance(attack, Attack):
         raise TypeError(f"attacks must be attacks of lit_adv.attacks or protocols, got {type(attack).__name__}")
-    return Protocol(name=name, attack=attack, budget=budget, max_samples=max_samples)
+    return Protocol(name=name, attack=attack, budget=budget)
 
 
 def _batches(loader: ImageDataModule | Iterable[Any] | tuple[Tensor, Tensor]) -> Iterator[Batch]:

@@ -284,3 +284,10 @@ def test_accuracy_at_chance_is_remarked() -> None:
 def test_too_few_images_say_nothing_of_chance() -> None:
     report = lit_adv.evaluate(Small().eval(), (X[:4], (Y[:4] + 1) % 4), [QUICK])
     assert report.outcomes[0].notes == ()
+
+
+def test_the_number_of_images_holds_for_protocols_too() -> None:
+    model, x = Small().eval(), images(12)
+    protocols = [Protocol(name="all", attack=PGD(steps=1)), Protocol(name="few", attack=PGD(steps=1), max_samples=2)]
+    report = lit_adv.evaluate(model, (x, decided(model, x)), protocols, max_samples=5, audit=False)
+    assert [len(outcome.records) for outcome in report.outcomes] == [5, 2]
