@@ -11,8 +11,8 @@ from contracts.climb import WIDE, Climb, Ramp, Restarted, grey, zeros
 from contracts.nets import Counting, Noisy, Small, decided, images
 from torch import Tensor, nn
 
-from lit_adv.attack import AttackResult, IterativeAttack, check_images, check_labels
-from lit_adv.attacks import PGD, NAttack
+from lit_adv.attack import Attack, AttackResult, IterativeAttack, check_images, check_labels
+from lit_adv.attacks import APGD, DDN, FAB, PGD, CarliniWagner, Cascade, DeepFool, NAttack
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.threat import ThreatModel
 
@@ -165,8 +165,20 @@ def test_images_labels_and_index_are_left_alone() -> None:
     assert not result.x_adv.requires_grad
 
 
-@pytest.mark.parametrize("attack", [PGD(steps=3), NAttack(steps=2, samples=4)], ids=["pgd", "nattack"])
-def test_inference_mode(attack: IterativeAttack) -> None:
+IN_VALIDATION: dict[str, Attack] = {
+    "pgd": PGD(steps=3),
+    "nattack": NAttack(steps=2, samples=4),
+    "apgd": APGD(steps=3),
+    "carlini_wagner": CarliniWagner(iterations=4, search_steps=2),
+    "ddn": DDN(steps=3),
+    "deepfool": DeepFool(steps=3),
+    "fab": FAB(steps=3),
+    "cascade": Cascade(ThreatModel(), {"pgd": PGD(steps=2), "nattack": NAttack(steps=2, samples=4)}),
+}
+
+
+@pytest.mark.parametrize("attack", IN_VALIDATION.values(), ids=list(IN_VALIDATION))
+def test_inference_mode(attack: Attack) -> None:
     x = images(3)
     y = decided(Small(), x)
     model = Small()
@@ -176,8 +188,9 @@ def test_inference_mode(attack: IterativeAttack) -> None:
         results = [attack(model, inner, y.clone(), index=torch.arange(3))]
         results.append(attack(QueryOracle(model, 3), inner, y.clone()))
         results.append(attack(QueryOracle(model, 3, budget=50), inner, y.clone()))
-        attack.perturb(model, inner, y.clone())
-        attack.perturb(model, inner, y.clone(), index=torch.arange(3))
+        if isinstance(attack, IterativeAttack):
+            attack.perturb(model, inner, y.clone())
+            attack.perturb(model, inner, y.clone(), index=torch.arange(3))
     for result in results:
         torch.testing.assert_close(result.x_adv.clone(), plain.x_adv)
 
