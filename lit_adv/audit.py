@@ -20,7 +20,7 @@ class Thresholds:
             so is any black-box attack that breaks more than the best white-box one.
         single_step: broken by one step beyond those broken by many steps.
         growth: lost when the radius grows.
-        everything: broken at eps 0.5 (linf): fewer is a warning.
+        everything: broken at eps 0.5 (linf), and by white-box attacks without a radius: fewer is a warning.
         blind: images whose input gradient is exactly 0 or not finite.
         slope: factor by which the model's values may rise less, or more, along the gradient than the gradient says:
             the median over images of the quotient, and of its inverse.
@@ -84,7 +84,8 @@ CHECKS: Mapping[str, Check] = {
     ),
     "everything": Check(
         "linf 0.5 breaks everything",
-        "at 0.5 every image can be made plain grey: an attack that fails there fails for want of a useful gradient",
+        "at 0.5 every image can be made plain grey: an attack that fails there, or without any limit, fails for "
+        "want of a useful gradient",
         "the defence's surrogate, then black-box attacks (configs/attack/square_linf.yaml, hop_skip_jump_linf.yaml) at "
         "eps 0.5",
     ),

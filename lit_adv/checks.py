@@ -21,6 +21,7 @@ from lit_adv.tables import percent
 def of_records(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> list[Finding]:
     """What the records of the attacks on one model under one threat model tell by themselves."""
     found = [black_box(group, limits), above_clean(group, limits), unverified(group, limits)]
+    found += unlimited(group, limits)
     if not any(is_random(outcome) for outcome in group):
         found.append(skipped("null", "the model is not random"))
     if any(RESTLESS in outcome.counts for outcome in group):
@@ -175,6 +176,17 @@ def everything(records: Records, steps: int, limits: Thresholds = THRESHOLDS) ->
     n = int(records.clean_correct.sum())
     said = f"{steps} steps broke {percent(share)} % at linf 0.5"
     return judged("everything", share < limits.everything, said, n, {"broken": share})
+
+
+def unlimited(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> list[Finding]:
+    """Success of white-box attacks that have no radius: nothing should be left there either."""
+    whites = [o for o in group if o.access == "gradient" and math.isinf(o.eps) and o.records.clean_correct.any()]
+    if not whites:
+        return []
+    shares = {outcome.name: success_rate(outcome.records) or 0.0 for outcome in whites}
+    said = "without a radius " + ", ".join(f"{name} broke {percent(share)} %" for name, share in shares.items())
+    n = min(int(outcome.records.clean_correct.sum()) for outcome in whites)
+    return [judged("everything", min(shares.values()) < limits.everything, said, n, dict(shares))]
 
 
 def blind(sizes: Mapping[str, Tensor], limits: Thresholds = THRESHOLDS) -> Finding:

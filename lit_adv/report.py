@@ -108,7 +108,7 @@ class Report:
         for name, fact in self.facts.items():
             if " " in name:
                 console.print(f"{name}: {fact}", highlight=False)
-        console.print(self.table(brief=console.width < 150))
+        console.print(self.table(brief=console.width < 200))
         for line in self._closing(brief=True):
             console.print(line, highlight=False, markup=False)
 

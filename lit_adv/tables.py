@@ -12,6 +12,7 @@ from lit_adv.metrics.summary import Interval, Summary
 
 NONE = "\N{EN DASH}"
 _NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1", "l0": "L0"}
+BOX_ONLY = "box only"
 _MEASURES = "success, % of attacked"
 _SPENT, _SPENT_BY_ALL = "queries of successes", "queries of attacked"
 _MOVED, _MOVED_BY_ALL = "mean norm of successes", "mean norm of attacked"
@@ -46,8 +47,8 @@ class Column(NamedTuple):
 def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
     """Return the columns that these rows need, of them the most important ones if ``brief``.
 
-    The model is named only where there are several, shares of draws only for random models, and queries to
-    the first hit only where an attack goes on after it.
+    The model is named only where there are several, shares of draws only for random models, queries to the first hit
+    only where an attack goes on after it, and the median distance where there is no radius.
     """
     needless: set[tuple[str, str]] = set()
     if len({row.model for row in rows}) < 2:
@@ -58,6 +59,8 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
         needless |= {(_SPENT, "checks"), (_SPENT_BY_ALL, "checks")}
     if all(row.summary.mean_first_hit == row.summary.mean_queries for row in rows):
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
+    if not any(BOX_ONLY in row.threat for row in rows):  # the distance is the result where there is no radius
+        needless.add(("distance", "median"))
     if brief:
         needless |= {(column.group, column.head) for column in _COLUMNS if not column.brief}
         if len({row.threat for row in rows}) < 2:
@@ -88,7 +91,7 @@ def threat(norm: str, eps: float) -> str:
     """Print a threat model, as "L∞ 8/255" or "L2 0.5"."""
     name = _NORMS.get(norm, norm)
     if math.isinf(eps):
-        return f"{name}, box only"
+        return f"{name}, {BOX_ONLY}"
     levels = eps * 255
     exact = norm == "linf" and levels > 0.5 and abs(levels - round(levels)) < 1e-3
     return f"{name} {round(levels)}/255" if exact else f"{name} {eps:.4g}"
@@ -164,6 +167,7 @@ _COLUMNS = (
     Column(_SPENT_BY_ALL, "checks", lambda row: _count(row.summary.mean_checks_of_attacked)),
     Column("queries to first hit", "mean", lambda row: _count(row.summary.mean_first_hit)),
     Column("queries to first hit", "median", lambda row: _count(row.summary.median_first_hit)),
+    Column("distance", "median", lambda row: _norm(row.summary.median_distance), brief="median\ndistance"),
     Column(_MOVED, "L2", lambda row: _norm(row.summary.mean_l2)),
     Column(_MOVED, "L\N{INFINITY}", lambda row: _norm(row.summary.mean_linf)),
     Column(_MOVED_BY_ALL, "L2", lambda row: _norm(row.summary.mean_l2_of_attacked)),

@@ -177,6 +177,19 @@ def test_eps_one_half_must_break_everything() -> None:
     assert checks.everything(records(range(97), n=100), 50).status == "WARN"
 
 
+def test_white_box_attacks_without_a_radius_must_break_everything() -> None:
+    def found(*attacks: Outcome) -> list[Finding]:
+        return [f for f in checks.of_records(attacks) if f.check == "everything"]
+
+    assert not found(outcome("pgd", records(range(2))))
+    assert not found(outcome("boundary", records(range(2)), "label", eps=math.inf))
+    every, few = records(range(20)), records(range(19))
+    (whole,) = found(outcome("ddn", every, eps=math.inf))
+    assert (whole.status, whole.n, whole.figures) == ("PASS", 20, {"ddn": 1.0})
+    (partly,) = found(outcome("ddn", every, eps=math.inf), outcome("cw", few, eps=math.inf))
+    assert (partly.status, partly.figures) == ("WARN", {"ddn": 1.0, "cw": 0.95})
+
+
 def test_gradients_that_lead_nowhere() -> None:
     size = torch.ones(40)
     size[0], size[1] = 0.0, math.nan

@@ -45,6 +45,8 @@ def test_columns_appear_when_needed() -> None:
         ("success, % of attacked", "any draw"),
         ("success, % of attacked", "mean of draws"),
     }
+    unlimited = {(column.group, column.head) for column in columns([row, row._replace(threat="L2, box only")])}
+    assert unlimited - plain == {("distance", "median")}
 
 
 def test_every_cell_of_an_empty_row_prints() -> None:

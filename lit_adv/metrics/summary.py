@@ -93,6 +93,7 @@ class Summary:
     mean_iterations: float | None
     median_iterations: float | None
     mean_distance: float | None
+    median_distance: float | None
     mean_l2: float | None
     mean_linf: float | None
     median_l2: float | None
@@ -289,6 +290,7 @@ def summarize(records: Records) -> Summary:
         mean_iterations=_mean(hit.iterations),
         median_iterations=_median(hit.iterations),
         mean_distance=_mean(hit.distance),
+        median_distance=_median(hit.distance),
         mean_l2=_mean(hit.l2),
         mean_linf=_mean(hit.linf),
         median_l2=_median(hit.l2),
