@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,16 +85,6 @@ def stages_of(attack: Attack, counts: Mapping[str, tuple[int, int]]) -> tuple[St
         return ()
     found = {name: counts.get(broken_by(name), (0, 0)) for name in parts}
     return tuple(Stage(name, parts[name].access.name.lower(), seen, broken) for name, (broken, seen) in found.items())
-
-
-def added(parts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
-    """Add up how often what happened, and of how many times."""
-    total: dict[str, tuple[int, int]] = {}
-    for part in parts:
-        for name, (happened, times) in part.items():
-            before = total.get(name, (0, 0))
-            total[name] = before[0] + happened, before[1] + times
-    return total
 
 
 def notes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -15,6 +15,16 @@ ZERO_GRADIENT, BAD_GRADIENT = "input gradients were exactly 0", "input gradients
 def broken_by(name: str) -> str:
     """Name under which a cascade counts the images that one of its attacks broke, of those it saw."""
     return f"images broken by {name}"
+
+
+def added(parts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Add up how often what happened, and of how many times."""
+    total: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (happened, times) in part.items():
+            before = total.get(name, (0, 0))
+            total[name] = before[0] + happened, before[1] + times
+    return total
 
 
 @dataclass(frozen=True)

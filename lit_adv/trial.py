@@ -22,10 +22,10 @@ from lit_adv.fast import fast_copy
 from lit_adv.look import Restless, first_look, least_likely
 from lit_adv.metrics import Records
 from lit_adv.oracle import Access, QueryOracle
-from lit_adv.outcome import LOST, RESTLESS, Outcome, added, notes, stages_of
+from lit_adv.outcome import LOST, RESTLESS, Outcome, notes, stages_of
 from lit_adv.pictures import Examples
 from lit_adv.protocol import Protocol, identity
-from lit_adv.result import AttackResult
+from lit_adv.result import AttackResult, added
 from lit_adv.verify import correct, verify
 
 _FLUSH_ROWS, _FLUSH_SECONDS = 64, 5.0
@@ -80,6 +80,7 @@ class Trial:
         self.seconds = 0.0
         self.counts: dict[str, tuple[int, int]] = {}
         self._pool, self._seen, self._classes = _Pool(), 0, 0
+        self._live: Mapping[str, tuple[int, int]] = {}  # counts of the pool under attack, so far
         self._examples: list[dict[str, Tensor]] = []
         self._prints: dict[int, str] = {}
         self._chunk: Chunk | None = None
@@ -101,9 +102,8 @@ class Trial:
             self._judge = Restless(model)
         limit = protocol.max_samples
         total = limit if total is None else total if limit is None else min(total, -(-limit // world))
-        self.bar = tqdm(
-            total=total, desc=protocol.name, unit=" images", position=place, disable=None if progress else True
-        )
+        hide = None if progress else True
+        self.bar = tqdm(total=total, desc=protocol.name, unit=" images", position=place, disable=hide)
 
     def add(self, batch: Batch) -> None:
         """Take images on; they are attacked as soon as a pool of them waits."""
@@ -301,6 +301,7 @@ class Trial:
             oracle, x, y, target, index, finished=lambda rows, ended: self._finish(pool, rows, ended)
         )
         self._flush(pool)
+        self._live = {}
         self._count(result.counts)
         if result.nonfinite:
             self._count({LOST: (result.nonfinite, int(result.queries.sum()))})
@@ -308,6 +309,7 @@ class Trial:
 
     def _finish(self, pool: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: Tensor, result: AttackResult) -> None:
         self._pool.finished.append((rows, result))
+        self._live = result.counts
         waiting = sum(len(ended) for ended, _ in self._pool.finished)
         if waiting >= _FLUSH_ROWS or time.perf_counter() - self._flushed > _FLUSH_SECONDS:
             self._flush(pool)
@@ -341,6 +343,8 @@ class Trial:
         traces = [_trace(result, row) for _, result in finished for row in range(len(result))]
         images = {"index": index, "label": y, "predicted": seen.label, "x0": x0, "x_adv": x_adv}
         self._write([{**row, "trace": trace} for row, trace in zip(_rows(columns), traces, strict=True)], images)
+        if self._archive is not None and self._live:  # a run broken off now goes on from here
+            self._archive.keep(added([self.counts, self._live]))
 
     def _write_wrong(self, y: Tensor, index: Tensor) -> None:
         """Images wrong at first: never attacked, broken at distance 0 with no query."""

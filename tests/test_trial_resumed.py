@@ -11,7 +11,7 @@ from contracts.nets import Counting, Small, decided
 from contracts.trials import COUNT, WRONG, X, assert_same, lines, model, nattack, pgd, run, stored, transfer
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD, Transfer
+from lit_adv.attacks import PGD, Cascade, NAttack, Transfer
 from lit_adv.datamodules import Batch
 from lit_adv.metrics import Records
 from lit_adv.protocol import Protocol
@@ -237,3 +237,17 @@ def test_a_resumed_run_knows_that_the_model_does_not_repeat_itself(tmp_path: Pat
     assert_same(run(second), records)
     assert second.outcome(records).draws == 30
     assert second.outcome(records).notes == first.outcome(records).notes
+
+
+def test_a_cascade_broken_off_counts_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_adv.trial._FLUSH_ROWS", 1)
+    parts = {"pgd": PGD(steps=3), "nattack": NAttack(steps=2, samples=10)}
+    protocol = Protocol(name="cascade", attack=Cascade(ThreatModel(eps=0.008), parts), chunk=5)
+    trial = Trial(protocol, model(), "images")
+    whole = trial.outcome(run(trial))
+    killed_after(14, tmp_path, protocol)
+    assert 0 < len(lines(tmp_path)) < COUNT
+    resumed = Trial(protocol, model(), "images", dirpath=tmp_path)
+    outcome = resumed.outcome(run(resumed))
+    assert outcome.stages == whole.stages
+    assert outcome.stages[0].seen == COUNT - len(WRONG)

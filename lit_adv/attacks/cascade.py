@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_adv.attack import Attack, Finished, check_images, check_labels, check_threat
 from lit_adv.oracle import AccessDenied, QueryOracle
-from lit_adv.result import AttackResult, broken_by
+from lit_adv.result import AttackResult, added, broken_by
 from lit_adv.threat import ThreatModel
 
 
@@ -96,30 +96,49 @@ class Cascade(Attack):
 
     def _stages(self, oracle: QueryOracle, rows: _Rows, finished: Finished | None) -> AttackResult:
         left = torch.arange(len(rows.x), device=rows.x.device)
-        total = _nothing(rows.x, oracle)
-        last = len(self.attacks) - 1
-        for number, (name, attack) in enumerate(self.attacks.items()):
+        total = replace(_nothing(rows.x, oracle), counts=dict.fromkeys(map(broken_by, self.attacks), (0, 0)))
+        names = list(self.attacks)
+        for number, attack in enumerate(self.attacks.values()):
             part = oracle.part(left)
             part.known_right = oracle.known_right or number > 0  # the first has looked at the clean image
-            before = total[left]
-
-            def ended(
-                places: Tensor,
-                result: AttackResult,
-                left: Tensor = left,
-                before: AttackResult = before,
-                final: bool = number == last,
-            ) -> None:
-                over = torch.arange(len(places), device=places.device) if final else result.success.nonzero().squeeze(1)
-                if finished is not None and len(over):
-                    finished(left[places[over]], _after(before[places[over]], result[over]))
-
-            found = attack(part, *rows.of(left), finished=ended)
+            final = number + 1 == len(names)
+            stage = _Stage(total, left, names[: number + 1], final, finished)
+            found = attack(part, *rows.of(left), finished=stage.ended)
             oracle.settle(left, part)
-            seen = {broken_by(name): (int(found.success.sum()), len(found))}
-            total = _placed(total, left, _after(before, found), {**found.counts, **seen})
+            total = replace(
+                _placed(total, left, _after(stage.before, found)), counts=added([stage.tally, found.counts])
+            )
             left = left[~found.success]
         return total
+
+
+class _Stage:
+    """Hears of rows that end within one attack of a cascade, and counts and tells those that end with it.
+
+    Counted when they end, images add up to the same however often a run is broken off and gone on with.
+
+    Args:
+        total: what the attacks before have found. left: rows that this one sees. names: of the attacks so far.
+        final: whether it is the last. finished: who is told.
+    """
+
+    def __init__(
+        self, total: AttackResult, left: Tensor, names: list[str], final: bool, finished: Finished | None
+    ) -> None:
+        self.before, self.tally = total[left], dict(total.counts)
+        self.left, self.names, self.final, self.finished = left, names, final, finished
+
+    def ended(self, places: Tensor, result: AttackResult) -> None:
+        """Rows, by their places among those seen, and what was found on them."""
+        over = torch.ones_like(result.success) if self.final else result.success
+        chosen = over.nonzero().squeeze(1)
+        if not len(chosen):
+            return
+        won = {broken_by(self.names[-1]): (int(result.success.sum()), 0)}
+        self.tally = added([self.tally, won, *({broken_by(name): (0, len(chosen))} for name in self.names)])
+        if self.finished is not None:
+            told = _after(self.before[places[chosen]], result[chosen])
+            self.finished(self.left[places[chosen]], replace(told, counts=added([self.tally, result.counts])))
 
 
 @dataclass(frozen=True)
@@ -169,22 +188,12 @@ def _after(before: AttackResult, found: AttackResult) -> AttackResult:
     )
 
 
-def _placed(
-    total: AttackResult, rows: Tensor, found: AttackResult, counts: Mapping[str, tuple[int, int]]
-) -> AttackResult:
-    """The results of some rows put among those of all; counts of several attacks add up."""
+def _placed(total: AttackResult, rows: Tensor, found: AttackResult) -> AttackResult:
+    """The results of some rows put among those of all."""
     names = ("x_adv", "success", "distance", "queries", "checks", "first_hit", "iterations")
     columns = {name: getattr(total, name).index_put((rows,), getattr(found, name)) for name in names}
     others = ~torch.isin(total.trace[:, 0].long(), rows)
     trace = found.trace.clone()
     trace[:, 0] = rows[trace[:, 0].long()].to(trace.dtype)
-    summed = dict(total.counts)
-    for name, (happened, times) in counts.items():
-        known = summed.get(name, (0, 0))
-        summed[name] = known[0] + happened, known[1] + times
-    return AttackResult(
-        **columns,
-        trace=torch.cat([total.trace[others], trace]),
-        nonfinite=total.nonfinite + found.nonfinite,
-        counts=summed,
-    )
+    trace = torch.cat([total.trace[others], trace])
+    return AttackResult(**columns, trace=trace, nonfinite=total.nonfinite + found.nonfinite)
