@@ -180,15 +180,12 @@ class IterativeAttack(Attack):
             oracle = QueryOracle(oracle, len(x))
         check_images(x, self.threat, oracle.device, oracle.dtype)
         y, target = check_labels(y, target, x)
-        if index is not None and index.shape != (len(x),):
-            raise ValueError(f"index must hold one place per image, shape ({len(x)},), got {tuple(index.shape)}")
+        check_rows(x, oracle, index)
         if oracle.access < self.access:
             raise AccessDenied(
                 f"{type(self).__name__} needs {self.access.name} access and was granted {oracle.access.name}: grant "
                 "more, or choose an attack that needs less"
             )
-        if len(oracle.queries) != len(x):
-            raise ValueError(f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images")
         with attacking(*oracle.models) as was_training, torch.no_grad():
             if was_training:
                 warnings.warn(
@@ -337,6 +334,18 @@ def check_images(
             f"images must lie in [{low:g}, {high:g}], got values in [{x.min():.3g}, {x.max():.3g}]: put the "
             "normalisation inside the model, and divide 8-bit images by 255"
         )
+
+
+def check_rows(x: Tensor, oracle: QueryOracle, index: Tensor | None) -> None:
+    """Refuse a ledger or places of another number of images.
+
+    Raises:
+        ValueError: not one entry per image.
+    """
+    if index is not None and index.shape != (len(x),):
+        raise ValueError(f"index must hold one place per image, shape ({len(x)},), got {tuple(index.shape)}")
+    if len(oracle.queries) != len(x):
+        raise ValueError(f"the oracle has a ledger of {len(oracle.queries)} rows, but there are {len(x)} images")
 
 
 def check_threat(threat: ThreatModel) -> None:

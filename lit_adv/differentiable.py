@@ -136,7 +136,7 @@ def _several(oracle: Asked, scores: Tensor, leaf: Tensor, weights: Tensor, batch
                 scores, leaf, weights.transpose(0, 1), retain_graph=True, is_grads_batched=True, allow_unused=True
             )
             if found is None:
-                raise _no_gradient(oracle, len(leaf))
+                raise no_gradient(oracle.model, len(leaf))
             return found.transpose(0, 1)
         except torch.OutOfMemoryError:
             raise
@@ -147,7 +147,7 @@ def _several(oracle: Asked, scores: Tensor, leaf: Tensor, weights: Tensor, batch
         last = number == weights.shape[1] - 1
         (one,) = torch.autograd.grad(scores, leaf, weight, retain_graph=not last, allow_unused=True)
         if one is None:
-            raise _no_gradient(oracle, len(leaf))
+            raise no_gradient(oracle.model, len(leaf))
         found[:, number] = one
     return found
 
@@ -157,19 +157,20 @@ def _graph(oracle: Asked, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tenso
         leaf = x.detach().requires_grad_()
         answer = oracle._checked(oracle._differentiated(leaf, draws), len(x))
     if not answer.requires_grad:
-        raise _no_gradient(oracle, len(x))
+        raise no_gradient(oracle.model, len(x))
     return leaf, answer
 
 
 def _gradient(oracle: Asked, answer: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(answer, leaf, grad_output, allow_unused=True)
     if gradient is None:
-        raise _no_gradient(oracle, len(leaf))
+        raise no_gradient(oracle.model, len(leaf))
     return gradient
 
 
-def _no_gradient(oracle: Asked, images: int) -> ValueError:
+def no_gradient(model: nn.Module, images: int) -> ValueError:
+    """The error for a model whose answers do not depend differentiably on its images."""
     return ValueError(
-        f"{type(oracle.model).__name__} gives answers without a gradient with respect to the {images} images: it "
+        f"{type(model).__name__} gives answers without a gradient with respect to the {images} images: it "
         "detaches or rounds them, or runs under no_grad; give it a surrogate, or attack it as a black box"
     )

@@ -72,7 +72,7 @@ def clean_scores(search: Search, rows: Tensor, more: int = 1) -> Tensor:
     """
     known = search.clean
     fresh = rows if known is None else rows[known[rows].isnan().all(1)]
-    fresh = fresh[search.oracle.remaining(fresh) > more]
+    fresh = fresh[search.oracle.remaining(fresh, gradient=True) >= search.oracle.answers + more]
     if len(fresh):
         fields = search.fresh(fresh)
         told = search.scores(fields["x"], State(**fields), check=True)

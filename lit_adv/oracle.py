@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_adv.answers import Output, check_answer, check_finite, dtype_of, label_of
 from lit_adv.chunk import Chunk
 from lit_adv.defense import Defense
-from lit_adv.differentiable import Differentiable, Directions, products
+from lit_adv.differentiable import Differentiable, Directions, no_gradient, products
 from lit_adv.draws import Draws
 
 Surrogate = str | Callable[[Tensor], Tensor]
@@ -103,7 +103,8 @@ class QueryOracle:
         self._surrogate = _surrogate_of(model, surrogate)
         self.answers = answers if self.stochastic else 1  # a deterministic model would only repeat itself
         self.confirmations = (31 if confirm is None else confirm) if self.stochastic else 1
-        self.doubtful = self.stochastic or fast is not None or surrogate is not None
+        self._lent = surrogate is not None
+        self.doubtful = self.stochastic or fast is not None or self._lent
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
         self.direct = False  # training: graphs in one piece, for the step on the weights needs more memory anyway
         self._asked = False
@@ -119,6 +120,12 @@ class QueryOracle:
         """Take over the accounts of a :meth:`part` of these rows."""
         self.queries = self.queries.index_put((rows,), part.queries)
         self.nonfinite = self.nonfinite + part.nonfinite
+        self._asked = self._asked or part._asked
+
+    def trust_only_the_model(self) -> None:
+        """Leave a stand-in out."""
+        if self.fast is not None:
+            self.fast, self.doubtful = None, self.stochastic or self._lent
 
     @property
     def chunk(self) -> int:
@@ -130,11 +137,15 @@ class QueryOracle:
         """All modules that answer."""
         return [self.model] if self.fast is None else [self.model, self.fast]
 
-    def remaining(self, rows: Tensor) -> Tensor:
-        """Images that each of ``rows`` may still ask about, (n,) int64; a very large number if unlimited."""
+    def remaining(self, rows: Tensor, gradient: bool = False) -> Tensor:
+        """Images that each of ``rows`` may still ask about, (n,) int64; a very large number if unlimited.
+
+        Args:
+            gradient: with their gradients, which cost one query whatever ``answers``.
+        """
         if self.budget is None:
             return torch.full_like(rows, 2**62)
-        return (self.budget - self.queries[rows]).div(self.answers, rounding_mode="floor")
+        return (self.budget - self.queries[rows]).div(1 if gradient else self.answers, rounding_mode="floor")
 
     def charge(self, rows: Tensor, images: int) -> None:
         """Book ``images`` per row; raises :class:`QueryBudgetExceeded` and books nothing if that is too much."""
@@ -184,6 +195,8 @@ class QueryOracle:
             answer = self._in_chunks(self._fast_or_deployed, flat, draws)
         elif self.direct:
             answer = self._checked(self._differentiated(flat, draws), len(flat))
+            if not answer.requires_grad:
+                raise no_gradient(self.model, len(flat))
         else:
             answer = Differentiable.apply(flat, self, draws)
         answer = self._as_scores(answer)
@@ -259,7 +272,12 @@ class QueryOracle:
 
     def _differentiated(self, x: Tensor, draws: Draws | None) -> Tensor:
         x = self._cast(x)
-        return self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)
+        answer = self._surrogate(x) if draws is None else self._surrogate(x, draws=draws)
+        reject = self.reject
+        if self._lent and reject is not None and answer.dim() == 2 and answer.shape[1] == self.model.num_classes:
+            never = torch.full_like(answer[:, :1], -torch.inf)  # a part that knows no refusal never refuses
+            answer = torch.cat([answer[:, :reject], never, answer[:, reject:]], 1)
+        return answer
 
     def _cast(self, x: Tensor) -> Tensor:
         """A half-precision model gets half-precision images; the attack's arithmetic stays in float32."""
@@ -307,9 +325,9 @@ class QueryOracle:
     def _checked(self, answer: Tensor, images: int) -> Tensor:
         if not self._asked:
             check_answer(answer, images, self.output, self.model)
-            if self.output != "labels":
+            if self.output != "labels" and images > 1:  # a single image may be at fault itself
                 check_finite(answer, self.model)
-            self._asked = images > 0
+            self._asked = images > 1
         return answer
 
     def _as_scores(self, answer: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class Search:
         """Which samples to send: those asked for that the budget covers; None for all."""
         if self.oracle.budget is None or (x.dim() == 4 and asked is None):
             return asked
-        left = self.oracle.remaining(state.rows)
+        left = self.oracle.remaining(state.rows, x.requires_grad)
         samples = x.shape[1] if asked is None else asked.shape[1]
         if int(left.min()) >= samples:
             return asked
@@ -347,7 +347,7 @@ class Search:
 
     def _broke(self, state: State) -> Tensor:
         least = self.attack.least(state.x.shape[1:], state) if self.attack.needs_whole_step else 1
-        return self.oracle.remaining(state.rows) < least
+        return self.oracle.remaining(state.rows, self.attack.access == Access.GRADIENT) < least
 
     def _check_last(self, ended: State) -> None:
         begun = (ended.t > 0) | ended.inside  # where no step could be paid nothing is spent
@@ -366,7 +366,9 @@ class Search:
         self.iterations[rows] = self._earlier[rows] + ended.t[lost]
         blank = lost[self.distance[rows] == torch.inf]
         if len(blank):
-            self.x_adv[ended.rows[blank]] = self.threat.project(ended.x[blank], ended.x0[blank])
+            last, x0 = self.threat.project(ended.x[blank], ended.x0[blank]), ended.x0[blank]
+            levels = self.threat.levels
+            self.x_adv[ended.rows[blank]] = last if levels is None else self.threat.quantize(last, x0, levels)
         if self.finished is not None and len(ended):
             self.finished(ended.rows, self.result()[ended.rows])
 

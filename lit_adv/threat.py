@@ -28,7 +28,8 @@ class ThreatModel:
             they are asked about, so that what an attack returns survives an 8-bit file.
 
     Raises:
-        ValueError: unknown norm, a negative or non-finite radius, an empty box, fewer than one level.
+        ValueError: unknown norm, a negative or non-finite radius, an empty box, fewer than one level, levels that
+            do not meet the ends of the box.
     """
 
     norm: Norm = "linf"
@@ -44,6 +45,13 @@ class ThreatModel:
             raise ValueError(f"box must be (low, high) with low < high, got {self.box}")
         if self.levels is not None and self.levels < 1:
             raise ValueError(f"levels must be at least 1 (255 for 8 bits) or None, got {self.levels}")
+        if self.levels is not None and any(
+            abs(end * self.levels - round(end * self.levels)) > 1e-6 for end in self.box
+        ):
+            raise ValueError(
+                f"levels must divide the box, whose ends are multiples of 1 / {self.levels}, got {self.box}: leave "
+                "levels out, or choose another box"
+            )
         radius = _number(self.eps)
         if math.isnan(radius) or radius < 0:
             raise ValueError(f"eps must be a radius >= 0 in pixel units, e.g. 0.3 or '8/255', got {self.eps!r}")

@@ -7,7 +7,8 @@ import torch
 from contracts.nets import Counting, Noisy, Small, decided, images
 from torch import Tensor, nn
 
-from lit_adv.attacks import PGD
+from lit_adv.attack import Attack
+from lit_adv.attacks import APGD, DDN, FAB, PGD, CarliniWagner, DeepFool
 from lit_adv.defense import Defense
 from lit_adv.differentiable import products
 from lit_adv.estimators import Autograd
@@ -196,3 +197,44 @@ def test_the_combined_loss_is_the_paper_s() -> None:
     torch.testing.assert_close(Combined(3.0)(scores[:, :4], y), cross_entropy(scores[:, :4], y))
     with pytest.raises(ValueError, match="beta must be a weight >= 0, got -1"):
         Combined(-1)
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=3), APGD(steps=3, targets=2), FAB(steps=3), DeepFool(), CarliniWagner(
+    iterations=6, search_steps=2, beta=1.0), DDN(steps=5)], ids=lambda attack: type(attack).__name__)  # fmt: skip
+def test_the_classifier_inside_a_detector_is_attacked_and_the_whole_judges(attack: Attack) -> None:
+    class Detector(Defense):
+        num_classes, reject = 4, 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = Small(scale=4.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.classifier(x)
+            suspect = (x.flatten(1).std(1, keepdim=True) - 0.3) * 20
+            return torch.cat([logits, logits.amax(1, keepdim=True) + suspect], 1)
+
+    model, x = Detector().eval(), images(10)
+    y = decided(Small(scale=4.0), x)
+    found = attack(QueryOracle(model, 10, surrogate="classifier"), x, y)
+    label = model(found.x_adv).argmax(1)
+    assert ((label != y) & (label != 4))[found.success].all()
+    assert found.x_adv.isfinite().all()
+
+
+def test_gradients_cost_one_query_however_many_answers_scores_take() -> None:
+    model = Noisy(Small(), 4, 0.01).eval()
+    x = images(3)
+    oracle = QueryOracle(model, 3, budget=50, answers=3, known_right=True)
+    found = PGD(ThreatModel(eps=1e-6), steps=5, random_start=False)(oracle, x, decided(Small(), x))
+    assert found.queries.tolist() == [43] * 3  # two steps of 20 draws, and three answers at the end
+
+
+def test_training_on_a_model_without_a_gradient_is_refused_in_words() -> None:
+    class Blind(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    x = images(3)
+    with pytest.raises(ValueError, match="Blind gives answers without a gradient with respect to the 3 images"):
+        PGD(steps=2).perturb(Blind().eval(), x, decided(Small(), x))

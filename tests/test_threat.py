@@ -279,3 +279,9 @@ def test_an_image_on_its_way_outside_the_ball_is_rounded_and_left_there(norm: No
     assert threat.within(found[:1], x0[:1]).all()
     both = threat.quantize(torch.stack([x, x], 1), x0)  # (n, s, C, H, W)
     torch.testing.assert_close(both[:, 1], found)
+
+
+def test_levels_must_meet_the_box() -> None:
+    ThreatModel("linf", 0.1, (-1.0, 1.0), levels=255)
+    with pytest.raises(ValueError, match=r"levels must divide the box, .* 1 / 255, got \(0, 0.5\)"):
+        ThreatModel("linf", 0.1, (0, 0.5), levels=255)

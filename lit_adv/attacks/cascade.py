@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lit_adv.attack import Attack, Finished, check_images, check_labels, check_threat
-from lit_adv.oracle import AccessDenied, QueryOracle
+from lit_adv.attack import Attack, Finished, check_images, check_labels, check_rows, check_threat
+from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.result import AttackResult, added, broken_by
 from lit_adv.threat import ThreatModel
 
@@ -42,6 +43,7 @@ class Cascade(Attack):
         for name, attack in attacks.items():
             if not isinstance(attack, Attack):
                 raise ValueError(f"attacks[{name!r}] must be an attack, e.g. PGD(), got {attack!r}")
+            _check_serves(name, attack, threat)
         self.threat, self.seed = threat, seed
         self.attacks = {name: _with_seed(attack.with_threat(threat), seed) for name, attack in attacks.items()}
         self.access = max(attack.access for attack in attacks.values())
@@ -87,7 +89,9 @@ class Cascade(Attack):
             )
         check_images(x, self.threat, oracle.device, oracle.dtype)
         y, target = check_labels(y, target, x)
+        check_rows(x, oracle, index)
         with torch.inference_mode(False):
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.clone()
             index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
             oracle.index = index
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
@@ -102,8 +106,16 @@ class Cascade(Attack):
             part = oracle.part(left)
             part.known_right = oracle.known_right or number > 0  # the first has looked at the clean image
             final = number + 1 == len(names)
+            if attack.access in (Access.LABEL, Access.GRADIENT):  # which no stand-in may answer
+                part.trust_only_the_model()
             stage = _Stage(total, left, names[: number + 1], final, finished)
-            found = attack(part, *rows.of(left), finished=stage.ended)
+            try:
+                found = attack(part, *rows.of(left), finished=stage.ended)
+            except ValueError as error:
+                raise ValueError(f"attacks[{names[number]!r}]: {error}") from error
+            if isinstance(attack, Cascade):  # whose attacks may be called as ours are
+                inner = {f"{names[number]}: {name}": pair for name, pair in found.counts.items()}
+                found = replace(found, counts=inner)
             oracle.settle(left, part)
             total = replace(
                 _placed(total, left, _after(stage.before, found)), counts=added([stage.tally, found.counts])
@@ -138,7 +150,7 @@ class _Stage:
         self.tally = added([self.tally, won, *({broken_by(name): (0, len(chosen))} for name in self.names)])
         if self.finished is not None:
             told = _after(self.before[places[chosen]], result[chosen])
-            self.finished(self.left[places[chosen]], replace(told, counts=added([self.tally, result.counts])))
+            self.finished(self.left[places[chosen]], replace(told, counts=self.tally))
 
 
 @dataclass(frozen=True)
@@ -155,9 +167,24 @@ class _Rows:
         return self.x[rows], self.y[rows], target, self.index[rows]
 
 
+def _check_serves(name: str, attack: Attack, threat: ThreatModel) -> None:
+    """Have the attack's own constructor look at the threat model: it knows which ones it has rules for."""
+    made: Any = type(attack)
+    known = inspect.signature(made).parameters
+    names = [argument for argument in known if argument != "threat"]
+    if "threat" not in known or not all(hasattr(attack, argument) for argument in names):
+        return
+    try:
+        made(threat=threat, **{argument: getattr(attack, argument) for argument in names})
+    except ValueError as error:
+        raise ValueError(f"attacks[{name!r}]: {error}") from error
+
+
 def _with_seed(attack: Attack, seed: int) -> Attack:
     other = copy.copy(attack)
     other.seed = seed
+    if isinstance(other, Cascade):
+        other.attacks = {name: _with_seed(part, seed) for name, part in other.attacks.items()}
     return other
 
 

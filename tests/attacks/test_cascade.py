@@ -8,7 +8,8 @@ from contracts.nets import Counting, Noisy, Small, decided, images
 from torch import Tensor
 
 from lit_adv.attack import Attack, AttackResult
-from lit_adv.attacks import PGD, Cascade, NAttack, RandomNoise, Square
+from lit_adv.attacks import APGD, DDN, PGD, Boundary, Cascade, NAttack, RandomNoise, Square
+from lit_adv.losses import dlr
 from lit_adv.oracle import Access, AccessDenied, QueryOracle
 from lit_adv.result import broken_by
 from lit_adv.threat import ThreatModel
@@ -103,3 +104,65 @@ def test_what_is_no_cascade_is_refused() -> None:
     model, x, y = problem(2)
     with pytest.raises(AccessDenied, match="Cascade needs GRADIENT access and was granted LOGITS"):
         Cascade(FIVE, parts())(QueryOracle(model, 2, Access.LOGITS), x, y)
+
+
+def test_half_precision_images_and_rows_that_do_not_fit() -> None:
+    model, x, y = problem(4)
+    model = model.float()
+    found = Cascade(FIVE, parts())(model, x.half(), y)
+    assert found.x_adv.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"index must hold one place per image, shape \(4,\), got \(3,\)"):
+        Cascade(FIVE, parts())(model, x.float(), y, index=torch.arange(3))
+    with pytest.raises(ValueError, match="the oracle has a ledger of 5 rows, but there are 4 images"):
+        Cascade(FIVE, parts())(QueryOracle(model, 5), x.float(), y)
+
+
+def test_a_threat_that_one_of_the_attacks_has_no_rule_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attacks\['ddn'\]: threat must be in l2"):
+        Cascade(FIVE, {"pgd": PGD(), "ddn": DDN()})
+    with pytest.raises(ValueError, match=r"attacks\['apgd'\]: threat must be a ball of finite eps"):
+        Cascade(ThreatModel("l2", "inf"), {"apgd": APGD()})
+
+
+def test_what_an_attack_refuses_names_it() -> None:
+    model = Small(classes=3).eval()
+    x = images(4)
+    attack = Cascade(ThreatModel("linf", 1e-4), {"ce": APGD(steps=2), "t": APGD(steps=2, loss=dlr, targets=2)})
+    with pytest.raises(ValueError, match=r"attacks\['t'\]: the DLR loss needs at least 4 classes, got 3"):
+        attack(model, x, decided(model, x))
+
+
+def test_cascades_within_cascades() -> None:
+    inner = Cascade(FIVE, {"pgd": PGD(steps=6)}, seed=3)
+    whole = Cascade(FIVE, {"pgd": PGD(steps=1), "both": inner}, seed=7)
+    assert whole.attacks["both"].attacks["pgd"].seed == 7  # type: ignore[attr-defined]
+    model, x, y = problem()
+    found = whole(QueryOracle(model, len(x), known_right=True), x, y).counts
+    first, second = found[broken_by("pgd")], found[broken_by("both")]
+    assert first[1] == len(x)
+    assert second == (found[f"both: {broken_by('pgd')}"][0], len(x) - first[0])
+
+
+def test_images_that_answer_nan_do_not_end_a_cascade() -> None:
+    class Holes(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.flatten(1)[:, :1] > 0.5, torch.nan, super().forward(x))
+
+    model, x = Holes(scale=4.0).eval(), images(8)
+    x[:, 0, 0, 0] = torch.tensor([0.1, 0.9]).repeat(4).double()
+    y = Small(scale=4.0)(x).argmax(1)
+    with pytest.warns(UserWarning, match="not finite"):
+        found = Cascade(ThreatModel("linf", 0.3), {"pgd": PGD(steps=4), "apgd": APGD(steps=3)})(model, x, y)
+    assert found.success.any()
+    assert found.nonfinite > 0
+
+
+def test_a_stand_in_answers_scores_alone() -> None:
+    model, x, y = problem(6)
+
+    class Wrong(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the stand-in was asked")
+
+    label = Cascade(ThreatModel("l2", 0.3), {"boundary": Boundary(ThreatModel("l2", 9.0), steps=3)})
+    label(QueryOracle(model, 6, fast=Wrong().eval()), x, y)
