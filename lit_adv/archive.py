@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_adv.attack import Attack
+
 
 class Archive:
     """Records of finished images as lines of JSON, and their images in safetensors shards.
@@ -132,6 +134,13 @@ def weights_hash(model: nn.Module) -> str:
             flat = value.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def learnt(attack: Attack) -> dict[str, Any]:
+    """What decides an attack's results beside its arguments: what it has learnt, and its local models' weights."""
+    local = [weights_hash(model) for model in getattr(attack, "models", [])]
+    found = {"fitted_on": attack.fitted_on, "local": local}
+    return {name: value for name, value in found.items() if value}
 
 
 def _is_setting(key: str, value: Any) -> bool:

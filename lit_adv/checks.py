@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from lit_adv.audit import THRESHOLDS, Finding, Thresholds, judged, skipped
 from lit_adv.metrics.records import Records
-from lit_adv.metrics.summary import clean_accuracy, common, mcnemar, robust_accuracy, success_rate, successes
+from lit_adv.metrics.summary import (
+    clean_accuracy,
+    common,
+    mcnemar,
+    robust_accuracy,
+    success_rate,
+    successes,
+    worst_case,
+)
 from lit_adv.outcome import RESTLESS, Outcome, Stage
 from lit_adv.tables import percent
 
@@ -31,7 +40,7 @@ def of_records(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> lis
 
 def is_random(outcome: Outcome) -> bool:
     """Whether the model draws random numbers, said or noticed."""
-    return outcome.draws > 1 or RESTLESS in outcome.counts
+    return outcome.stochastic or RESTLESS in outcome.counts
 
 
 class _Duel(NamedTuple):
@@ -47,7 +56,11 @@ class _Duel(NamedTuple):
 
 
 def black_box(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> Finding:
-    """Black-box attacks break what white-box ones do not; in a cascade, what those before them have left."""
+    """Black-box attacks break what white-box ones do not; in a cascade, what those before them have left.
+
+    Without a radius all break everything: there the question is who does within the median distance of the nearest.
+    """
+    group, within = _within_reach(group)
     duels = [duel for outcome in group if (duel := _duel(outcome, group)) is not None]
     late = [(stage.broken / stage.seen, told) for outcome in group for stage, told in _late(outcome)]
     if not duels and not late:
@@ -65,7 +78,7 @@ def black_box(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> Find
         warn = unique > limits.unique or first.left < first.best
         said.append(
             f"{first.black.name} leaves {percent(first.left)} %, {first.white.name} {percent(first.best)} % of the "
-            f"same {first.seen:,} images; black-box attacks alone broke {len(alone)} of {n:,}"
+            f"same {first.seen:,} images; black-box attacks alone broke {len(alone)} of {n:,}{within}"
         )
     if late:
         share = max(share for share, _ in late)
@@ -74,6 +87,18 @@ def black_box(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> Find
         said += [told for _, told in late]
         n = n or max(stage.seen for outcome in group for stage, _ in _late(outcome))
     return judged("black_box", warn, "; ".join(said), n, figures, p)
+
+
+def _within_reach(group: Sequence[Outcome]) -> tuple[Sequence[Outcome], str]:
+    """Attacks without a radius, judged at the median distance of the nearest successes; others as they are."""
+    worst = worst_case([outcome.records for outcome in group])
+    near = worst.distance[successes(worst)]
+    if not math.isinf(group[0].eps) or not len(near):
+        return group, ""
+    radius = float(near.median()) * (1 + 1e-4)
+    cut = [replace(o.records, verified=o.records.verified & (o.records.distance <= radius)) for o in group]
+    judged_there = [replace(outcome, records=records) for outcome, records in zip(group, cut, strict=True)]
+    return judged_there, f" (within {radius:.4g}, the median distance of the nearest)"
 
 
 def _duel(black: Outcome, group: Sequence[Outcome]) -> _Duel | None:
@@ -135,7 +160,7 @@ def unverified(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> Fin
         if not times:
             continue
         lost = int((claimed & ~outcome.records.verified).sum())
-        limit = limits.unverified_random if outcome.draws > 1 else limits.unverified
+        limit = limits.unverified_random if is_random(outcome) else limits.unverified
         n, warn = n + times, warn or lost / times > limit
         figures[outcome.name] = lost / times
         told += [f"{outcome.name} {lost:,} of {times:,}"] if lost else []
@@ -180,7 +205,8 @@ def everything(records: Records, steps: int, limits: Thresholds = THRESHOLDS) ->
 
 def unlimited(group: Sequence[Outcome], limits: Thresholds = THRESHOLDS) -> list[Finding]:
     """Success of white-box attacks that have no radius: nothing should be left there either."""
-    whites = [o for o in group if o.access == "gradient" and math.isinf(o.eps) and o.records.clean_correct.any()]
+    free = [o for o in group if o.access == "gradient" and math.isinf(o.eps) and not is_targeted(o)]
+    whites = [outcome for outcome in free if outcome.records.clean_correct.any()]
     if not whites:
         return []
     shares = {outcome.name: success_rate(outcome.records) or 0.0 for outcome in whites}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -57,6 +58,8 @@ def evaluate(
     folder = None if dirpath is None else Path(dirpath)
     data = loader.name if isinstance(loader, ImageDataModule) else ""
     classes = loader.num_classes if isinstance(loader, ImageDataModule) else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # what is wrong with it is told before the work, not after
     records = None if folder is None else folder / "attacks"
     training = None
     if isinstance(loader, ImageDataModule):
@@ -84,7 +87,10 @@ def evaluate(
     probed = [] if probing is None else probing.audited(outcomes, [p.attack.threat for p in protocols])
     report = Report(outcomes, name or type(model).__name__, data or "images given", versions(), probed)
     if folder is not None:
-        report.write(folder)
+        try:
+            report.write(folder)
+        except OSError as error:
+            warnings.warn(f"{error}; the report is returned all the same", stacklevel=2)
     return report
 
 

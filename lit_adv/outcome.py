@@ -52,6 +52,7 @@ class Outcome:
         counts: How often something worth knowing happened, and of how many times, by what it was.
         model: The model's name where one report holds several; None: the report's own.
         stages: What each part found, in order, where the attack is a cascade.
+        stochastic: Whether the model draws random numbers, said or noticed.
 
     Raises:
         ValueError: If the access is unknown.
@@ -71,6 +72,7 @@ class Outcome:
     model: str | None = None
     counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
         if self.access not in _ACCESS:

@@ -18,17 +18,17 @@ from lit_adv.answers import Output, cast
 from lit_adv.attack import EOT, Attack, attacking
 from lit_adv.attacks import PGD, RandomNoise
 from lit_adv.audit import THRESHOLDS, Audited, Finding, Thresholds, judged, skipped
+from lit_adv.control import null_control
 from lit_adv.datamodules import Batch
-from lit_adv.look import Restless
 from lit_adv.losses import Loss, cross_entropy, is_adversarial, margin
 from lit_adv.metrics.records import Records
 from lit_adv.metrics.summary import successes, worst_case
-from lit_adv.oracle import Access, QueryOracle
+from lit_adv.oracle import QueryOracle
 from lit_adv.outcome import Outcome
 from lit_adv.protocol import Protocol
 from lit_adv.threat import ThreatModel
 from lit_adv.trial import Trial
-from lit_adv.verify import correct
+from lit_adv.verify import correct, fresh_labels
 
 IMAGES = 64
 """Images that the audit looks at, unless said otherwise."""
@@ -134,26 +134,21 @@ class Probing:
         if not self._parts:
             nothing = _all_skipped("the model gets no image right")
             return [Audited(*key, nothing) for key in groups]
-        try:
-            return self._audited(groups, outcomes, boxes)
-        except Exception as error:  # whatever a model raises on the audit's questions must not cost the report
-            warnings.warn(
-                f"the audit's probes failed ({type(error).__name__}: {_first_line(error)}): the report says so, and "
-                "its figures stand",
-                stacklevel=2,
-            )
-            failed = _all_skipped(f"the probes failed ({type(error).__name__}: {_first_line(error)})")
-            return [Audited(*key, failed) for key in groups]
-
-    def _audited(self, groups: _Groups, outcomes: Sequence[Outcome], boxes: _Boxes) -> list[Audited]:
+        surrogates = {outcome.config.get("surrogate") for outcome in outcomes if outcome.access == "gradient"}
+        lent = surrogates.pop() if len(surrogates) == 1 else None
         found = []
         with warnings.catch_warnings(), attacking(self.model), torch.no_grad(), self._bar(len(groups)) as bar:
             warnings.simplefilter("ignore", UserWarning)  # what the small attacks say, the findings say too
-            probe = _Probe(self, Batch(*(torch.cat(column) for column in zip(*self._parts, strict=True))), bar)
+            batch = Batch(*(torch.cat(column) for column in zip(*self._parts, strict=True)))
+            probe = _Probe(self, batch, bar, next(iter(boxes.values()), (0.0, 1.0)), lent)
             shared = probe.of_model()
             for (model, norm, eps), group in groups.items():
                 threat = ThreatModel(norm, eps, boxes.get((norm, eps), (0.0, 1.0)))  # type: ignore[arg-type]
                 found.append(Audited(model, norm, eps, (*shared, *probe.of_threat(threat, group, outcomes))))
+        if probe.failure:
+            warnings.warn(
+                f"the audit's probes failed ({probe.failure}): the report says so, and its figures stand", stacklevel=2
+            )
         return found
 
     def _bar(self, groups: int) -> tqdm[Any]:
@@ -163,11 +158,13 @@ class Probing:
 class _Probe:
     """One probing: a model and images that it gets right."""
 
-    def __init__(self, probing: Probing, batch: Batch, bar: tqdm[Any]) -> None:
+    def __init__(
+        self, probing: Probing, batch: Batch, bar: tqdm[Any], box: tuple[float, float], lent: str | None
+    ) -> None:
         self.model, self.output, self.size, self.limits = probing.model, probing.output, probing.size, probing.limits
         self.data, self.dirpath, self.stochastic = probing.data, probing.dirpath, probing.stochastic
         self.x, self.y, self.index = batch
-        self.bar = bar
+        self.bar, self.box, self.lent, self.failure = bar, box, lent, ""
         self.reject: int | None = getattr(self.model, "reject", None)
         self.gradient: Tensor | None = None
         self.without = ""  # why there is no gradient
@@ -176,22 +173,49 @@ class _Probe:
 
     def of_model(self) -> list[Finding]:
         """What does not depend on the threat model."""
-        found = [self._repeats(), self._surrogate(), self._blind()]
-        if self.gradient is None:
-            return [*found, skipped("everything", self.without)]
-        threat = ThreatModel("linf", 0.5)
-        records = self._tried("linf_0.5", PGD(threat, self.size.steps[1]))
-        return [*found, checks.everything(records, self.size.steps[1], self.limits)]
+        found = [self._guarded("repeats", self._repeats), self._guarded("surrogate", self._surrogate)]
+        found.append(self._guarded("blind", self._blind))
+        self.without = self.without or ("its gradient could not be probed" if self.gradient is None else "")
+        return [*found, self._guarded("everything", self._everything)]
 
     def of_threat(self, threat: ThreatModel, group: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Finding]:
         """What depends on norm and radius."""
-        found = [self._null(group, outcomes)]
+        null = self._guarded("null", lambda: self._null(group, outcomes))
         around, remark = _bounded(threat, group)
         if around is None or self.gradient is None:
             reason = remark if around is None else self.without
-            return [*found, *(skipped(check, reason) for check in _OF_THREAT if check != "null")]
-        found += [*self._attacks(around, group), self._slope(around)]
-        return [replace(finding, said=finding.said + remark) for finding in found]
+            return [null, *(skipped(check, reason) for check in _OF_THREAT if check != "null")]
+        remark += f" (through {self.lent})" if self.lent else ""
+        try:
+            found = self._attacks(around, group)
+        except Exception as error:  # whatever a model raises on the audit's questions must not cost the report
+            found = [self._failed(check, error) for check in ("single_step", "growth", "gain", "noise")]
+        found.append(self._guarded("slope", lambda: self._slope(around)))
+        return [null, *(replace(finding, said=finding.said + remark) for finding in found)]
+
+    def _guarded(self, check: str, probe: Callable[[], Finding]) -> Finding:
+        try:
+            return probe()
+        except Exception as error:  # as above
+            return self._failed(check, error)
+
+    def _failed(self, check: str, error: Exception) -> Finding:
+        self.failure = self.failure or f"{type(error).__name__}: {_first_line(error)}"
+        return skipped(check, f"the probe failed ({type(error).__name__}: {_first_line(error)})")
+
+    def _everything(self) -> Finding:
+        """Half the box away every image can be made plain grey: those that this breaks an attack must break."""
+        if self.gradient is None:
+            return skipped("everything", self.without)
+        grey = torch.full_like(self.x, sum(self.box) / 2)
+        told = fresh_labels(self.model, grey, None, self.index, _SEED, _CHUNK, self.output).mode(1).values
+        can = is_adversarial(told, self.y, None, self.reject) & (told >= 0)
+        if not can.any():
+            return skipped("everything", "plain grey is no success on any of these images")
+        threat = ThreatModel("linf", (self.box[1] - self.box[0]) / 2, self.box)
+        records = self._tried("linf_0.5", PGD(threat, self.size.steps[1]))
+        chosen = records[torch.isin(records.index, self.index[can].cpu())]
+        return checks.everything(chosen, self.size.steps[1], self.limits)
 
     def _attacks(self, threat: ThreatModel, group: Sequence[Outcome]) -> list[Finding]:
         (few, many), radius, limits = self.size.steps, threat.radius, self.limits
@@ -212,7 +236,8 @@ class _Probe:
         ]
 
     def _tried(self, name: str, attack: Attack) -> Records:
-        trial = Trial(Protocol(name=name, attack=attack, output=self.output), self.model, self.data, None, self.dirpath)
+        protocol = Protocol(name=name, attack=attack, output=self.output, surrogate=self.lent)
+        trial = Trial(protocol, self.model, self.data, None, self.dirpath)
         trial.add(Batch(self.x, self.y, self.index))
         self.bar.update()
         return trial.close().unique()
@@ -267,7 +292,8 @@ class _Probe:
 
     def _loss(self, x: Tensor, loss: Loss = margin, differentiate: bool = False) -> tuple[Tensor, Tensor]:
         """A loss (n,), and the images in its graph; of a random model the mean over draws that are always the same."""
-        oracle = QueryOracle(self.model, len(x), index=self.index, seed=_SEED, output=self.output)
+        lent = self.lent if differentiate else None
+        oracle = QueryOracle(self.model, len(x), surrogate=lent, index=self.index, seed=_SEED, output=self.output)
         rows = torch.arange(len(x), device=x.device)
         leaf = x.detach().clone().requires_grad_(differentiate)
         draws = EOT if self.stochastic else 1
@@ -304,35 +330,6 @@ class _Probe:
             most = max(checks.control_queries(outcome, self.size.queries) for outcome in outcomes)
             self._control = null_control(self.model, self.x, self.y, self.index, most)
         return checks.null(*self._control, group, self.size.queries, self.limits)
-
-
-def null_control(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """Ask about clean images again and again, as an attack that changes nothing would.
-
-    A wrong answer is a hit; each is confirmed by the average of fresh answers as an attack's hit is, where the queries
-    left cover it.
-
-    Args:
-        model: random, whether it says so or not.
-
-    Returns:
-        Queries spent at the first wrong answer and at the first confirmed one, (n,) int64, 0 where there was none.
-    """
-    asked = model if getattr(model, "stochastic", False) else Restless(model)
-    oracle = QueryOracle(asked, len(x), Access.LABEL, queries, index=index, seed=_SEED + 1)
-    reject: int | None = getattr(model, "reject", None)
-    first, confirmed = torch.zeros_like(y), torch.zeros_like(y)
-    rows = torch.arange(len(x), device=x.device)
-    while len(rows):
-        label = oracle.label(x[rows], rows)
-        hit = rows[is_adversarial(label, y[rows], None, reject) & (label >= 0)]
-        first[hit] = torch.where(first[hit] == 0, oracle.queries[hit], first[hit])
-        if len(hit):
-            sure = oracle.confirm(x[hit], hit)
-            won = hit[is_adversarial(sure, y[hit], None, reject) & (sure >= 0)]
-            confirmed[won] = oracle.queries[won]
-        rows = rows[(confirmed[rows] == 0) & (oracle.remaining(rows) > 0)]
-    return first, confirmed
 
 
 def outputs(protocols: Iterable[Protocol]) -> Output:

@@ -61,6 +61,8 @@ def columns(rows: Sequence[Row], brief: bool = False) -> list[Column]:
         needless |= {("queries to first hit", "mean"), ("queries to first hit", "median")}
     if not any(BOX_ONLY in row.threat for row in rows):  # the distance is the result where there is no radius
         needless.add(("distance", "median"))
+    elif brief:
+        needless |= {(_MEASURES, "first hit"), (_MEASURES, "8-bit")}  # there is room for so many
     if brief:
         needless |= {(column.group, column.head) for column in _COLUMNS if not column.brief}
         if len({row.threat for row in rows}) < 2:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adv.archive import Archive, configuration, fingerprint, weights_hash
-from lit_adv.attack import Attack, IterativeAttack, check_images
+from lit_adv.archive import Archive, configuration, fingerprint, learnt, weights_hash
+from lit_adv.attack import IterativeAttack, check_images
 from lit_adv.chunk import Chunk
 from lit_adv.datamodules import Batch
 from lit_adv.draws import Draws
@@ -94,7 +94,7 @@ class Trial:
             protocol.attack.fit(seen.image, seen.label, path)
         if folder is not None:
             known_by = {**configuration(identity(protocol)), "weights": weights_hash(model), "data": data}
-            self._archive = Archive(folder, known_by | _learnt(protocol.attack), rank)
+            self._archive = Archive(folder, known_by | learnt(protocol.attack), rank)
             self.counts = self._archive.counts().get(rank, {})
         self._known = self._archive.load() if self._archive is not None else {}
         self._judge: nn.Module = model
@@ -164,13 +164,18 @@ class Trial:
             model=model,
             counts=counts,
             stages=stages_of(self.protocol.attack, counts),
+            stochastic=self._random,
         )
 
     @property
     def draws(self) -> int:
         """Fresh decisions by which images are judged."""
         given = self.protocol.draws
-        return given if given is not None else (30 if getattr(self._judge, "stochastic", False) else 1)
+        return given if given is not None else (30 if self._random else 1)
+
+    @property
+    def _random(self) -> bool:
+        return bool(getattr(self._judge, "stochastic", False))
 
     def examples(self, count: int = 8) -> Examples | None:
         """Clean and returned images of the first successes by place in the data set; failures where there are none."""
@@ -378,13 +383,6 @@ class Trial:
     @property
     def _images_at_once(self) -> int:
         return self._chunk.size if self._chunk is not None else (self.protocol.chunk or 256)
-
-
-def _learnt(attack: Attack) -> dict[str, Any]:
-    """What decides an attack's results beside its arguments: what it has learnt, and its local models' weights."""
-    local = [weights_hash(model) for model in getattr(attack, "models", [])]
-    found = {"fitted_on": attack.fitted_on, "local": local}
-    return {name: value for name, value in found.items() if value}
 
 
 def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:

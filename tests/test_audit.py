@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,8 +139,8 @@ def test_claims_that_fail_verification() -> None:
     assert (found.status, found.n, found.figures) == ("WARN", 19, {"pgd": 0.0, "n": 0.1})
     assert "n 1 of 10" in found.said
     # a random model may lose one of 20, and not two
-    once = outcome("pgd", records(range(19), lost=(19,)), draws=30)
-    twice = outcome("pgd", records(range(18), lost=(18, 19)), draws=30)
+    once = outcome("pgd", records(range(19), lost=(19,)), draws=30, stochastic=True)
+    twice = outcome("pgd", records(range(18), lost=(18, 19)), draws=30, stochastic=True)
     assert (checks.unverified([once]).status, checks.unverified([twice]).status) == ("PASS", "WARN")
     assert checks.unverified([outcome("pgd", records([]))]).status == "SKIP"
 
@@ -264,7 +265,7 @@ def test_noise_that_beats_a_gradient() -> None:
 def test_the_null_control_stands_beside_each_attack() -> None:
     first, confirmed = torch.tensor([3, 0, 50, 200]), torch.tensor([34, 0, 0, 0])
     cheap, dear = (
-        outcome(name, records(range(4), (18, 19), queries=queries), draws=30)
+        outcome(name, records(range(4), (18, 19), queries=queries), draws=30, stochastic=True)
         for name, queries in (("cheap", 10), ("dear", 100_000))
     )
     found = checks.null(first, confirmed, [cheap, dear], 1000)
@@ -354,3 +355,17 @@ def test_of_many_paired_tests_only_telling_ones_are_printed() -> None:
     few = Report(attacks[:3], "net", "digits")
     assert "a0 against a2: McNemar's p 1.000 (n 20)" in str(few)
     assert "further paired tests" not in str(few)
+
+
+def test_without_a_radius_the_nearer_attack_is_the_stronger() -> None:
+    rows = records(range(20))
+    far = replace(rows, distance=torch.full((20,), 2.0, dtype=torch.float64))
+    found = black_box(outcome("ddn", far, eps=math.inf), outcome("hsj", rows, "label", eps=math.inf))
+    assert (found.status, found.figures["unique"], found.n) == ("WARN", 1.0, 20)
+    assert found.said.endswith("(within 0.1, the median distance of the nearest)")
+    assert black_box(outcome("ddn", rows, eps=math.inf), outcome("hsj", far, "label", eps=math.inf)).status == "PASS"
+
+
+def test_targeted_attacks_without_a_radius_need_not_break_everything() -> None:
+    attack = outcome("ddn", records(range(2), target=3), eps=math.inf)
+    assert not [f for f in checks.of_records([attack]) if f.check == "everything"]

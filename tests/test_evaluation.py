@@ -291,3 +291,23 @@ def test_the_number_of_images_holds_for_protocols_too() -> None:
     protocols = [Protocol(name="all", attack=PGD(steps=1)), Protocol(name="few", attack=PGD(steps=1), max_samples=2)]
     report = lit_adv.evaluate(model, (x, decided(model, x)), protocols, max_samples=5, audit=False)
     assert [len(outcome.records) for outcome in report.outcomes] == [5, 2]
+
+
+def test_an_unusable_folder_is_told_before_the_work_and_a_full_one_costs_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Counting(Small(), images(4)).eval(), images(4)
+    data = (x, decided(Small(), x))
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    with pytest.raises(OSError, match="taken"):
+        lit_adv.evaluate(model, data, PGD(steps=1), dirpath=taken)
+    assert not model.seen.any()
+
+    def full(*_: Any) -> None:
+        raise OSError("cannot write the report (No space left on device)")
+
+    monkeypatch.setattr(Report, "write", full)
+    with pytest.warns(UserWarning, match="No space left on device.; the report is returned"):
+        report = lit_adv.evaluate(model, data, PGD(steps=1), dirpath=tmp_path / "full", audit=False)
+    assert len(report.outcomes) == 1

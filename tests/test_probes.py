@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import lit_adv
 from lit_adv.attacks import PGD, NAttack
 from lit_adv.audit import Audited, Finding
+from lit_adv.control import null_control
 from lit_adv.datamodules import Batch
 from lit_adv.defense import Defense, straight_through
 from lit_adv.draws import Draws
-from lit_adv.probes import Probing, null_control
+from lit_adv.probes import Probing
 from lit_adv.protocol import Protocol
 from lit_adv.report import Report
 from lit_adv.threat import ThreatModel
@@ -377,8 +378,8 @@ def test_a_model_that_fails_on_a_question_costs_no_report() -> None:
     attack = Protocol(name="pgd", attack=PGD(NEAR, steps=2), chunk=5)
     with pytest.warns(UserWarning, match=r"the audit's probes failed \(RuntimeError: no eight\)"):
         found = findings(Picky(), attack=attack, max_samples=15)
-    assert found["slope"].said == "the probes failed (RuntimeError: no eight)"
-    assert found["above_clean"].status == "PASS"
+    assert (found["repeats"].status, found["repeats"].said) == ("SKIP", "the probe failed (RuntimeError: no eight)")
+    assert found["slope"].status == found["above_clean"].status == "PASS"  # the others were asked all the same
 
 
 def test_several_threat_models_share_what_depends_on_none() -> None:
@@ -407,5 +408,54 @@ def test_a_refusal_is_no_success_of_a_probe() -> None:
 
     found = findings(Suspicious())
     assert found["blind"].status == "PASS"
-    assert found["everything"].figures == {"broken": 0.0}
+    assert found["everything"].said == "plain grey is no success on any of these images"
     assert found["gain"].figures["steps"] == found["gain"].figures["restarts"] == 0.0
+
+
+def test_grey_that_is_no_success_is_not_asked_for() -> None:
+    class Threshold(nn.Module):
+        """Bright or dark, by the mean of the image against 0.55: grey is dark."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gap = self.weight * 20 * (x.flatten(1).mean(1) - 0.55)
+            return torch.stack([-gap, gap], 1)
+
+    x = torch.cat([0.1 * X[:6], 1 - 0.1 * X[:6]])
+    y = torch.tensor([0] * 6 + [1] * 6)
+    (audit,) = lit_adv.evaluate(Threshold().eval(), (x, y), {"pgd": PGD(NEAR, steps=2)}).audits
+    found = {finding.check: finding for finding in audit.findings}["everything"]
+    assert (found.status, found.n, found.figures) == ("PASS", 6, {"broken": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:PGD. the gradient was exactly 0")
+def test_the_surrogate_that_the_report_s_attacks_borrow_is_what_is_probed() -> None:
+    class Rounded(Defense):
+        num_classes = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = Small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier((x * 16).round() / 16)
+
+    own = findings(Rounded())
+    lent = findings(Rounded(), attack=Protocol(name="pgd", attack=PGD(NEAR, steps=2), surrogate="classifier"))
+    assert own["blind"].status == "WARN"
+    assert lent["blind"].status == lent["everything"].status == "PASS"
+    assert lent["gain"].said.endswith("(through classifier)")
+
+
+def test_another_box() -> None:
+    class Shifted(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.5)
+
+    threat = ThreatModel("linf", 0.05, (-0.5, 0.5))
+    (audit,) = lit_adv.evaluate(Shifted().eval(), (X - 0.5, Y), {"pgd": PGD(threat, steps=2)}).audits
+    found = {finding.check: finding.status for finding in audit.findings}
+    assert found["everything"] == found["slope"] == "PASS"

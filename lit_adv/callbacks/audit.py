@@ -47,7 +47,7 @@ class Audit(Callback):
         self._probing = Probing(
             pl_module.model,  # type: ignore[arg-type]
             self.images,
-            seen_by(protocols),
+            share(seen_by(protocols), trainer.world_size),
             outputs(protocols),
             data,
             None if self.dirpath is None else self.dirpath / "audit",
@@ -70,6 +70,11 @@ class Audit(Callback):
         outcomes = [attack.outcome for attack in _attacks(trainer) if attack.outcome is not None]
         with isolate_rng():
             self.probed = probing.audited(outcomes, [each.protocol.attack.threat for each in _attacks(trainer)])
+
+
+def share(images: int | None, world: int) -> int | None:
+    """The first process's part of the images that the attacks look at."""
+    return None if images is None else -(-images // world)
 
 
 def _attacks(trainer: Trainer) -> list[AttackEvaluation]:

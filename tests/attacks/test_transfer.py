@@ -18,7 +18,10 @@ from lit_adv.losses import margin
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.threat import ThreatModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was in training mode")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was in training mode"),
+    pytest.mark.filterwarnings("ignore:.*the gradient was exactly 0 or not finite"),  # where a margin is cut
+]
 
 EPS, STEP, STEPS = 0.05, 0.004, 20
 
