@@ -25,12 +25,15 @@ class DDNState(State):
         length: (n,) of the sphere on which the image lies. worst: (n,) that of the farthest corner of the box.
         best: the nearest own adversarial image and near: (n,) its distance; kept in training alone, where no search
             is watching, else empty.
+        last: (n,) distance when it last fell by 0.1 % or more. idle: (n,) steps since then.
     """
 
     length: Tensor
     worst: Tensor
     best: Tensor
     near: Tensor
+    last: Tensor
+    idle: Tensor
 
 
 class DDN(IterativeAttack):
@@ -40,8 +43,8 @@ class DDN(IterativeAttack):
     cosine), moves the radius by the factor ``1 - gamma`` where the image was adversarial, else ``1 + gamma``, and puts
     the image onto that sphere, into the box and (with the threat model's ``levels``) onto the grid of pixel values. The
     first image is the clean one. The nearest adversarial image is kept; with a finite radius and ``stop_at_hit`` a row
-    ends at its first within it. All other rows run all steps, for a radius that hovers may fall again; only what is
-    adversarial from the start ends there. One query a step, ``eot`` of them for a random model.
+    ends at its first within it. All other rows run all steps, for a radius that hovers may fall again, unless
+    ``patience`` says when an image has converged. One query a step, ``eot`` of them for a random model.
 
     Departures: a direction is drawn at random where the gradient is exactly 0 or not finite, as in the authors' first
     code; their later bound of 1e-12 would throw away what a saturated network still tells. It is scaled to length 1.
@@ -53,6 +56,8 @@ class DDN(IterativeAttack):
         initial: first radius, pixel units.
         step_size: of the first step, pixel units.
         loss: what is ascended, see :mod:`lit_adv.losses`.
+        patience: steps after which an image leaves whose nearest adversarial one has not come nearer by 0.1 %; None:
+            it takes all steps, as in the paper.
         eot: draws of a random model over which gradients and scores are averaged.
         stop_at_hit: False keeps on to the end even where the radius is finite.
         seed: of the random directions.
@@ -75,6 +80,7 @@ class DDN(IterativeAttack):
         initial: float = 1.0,
         step_size: float = 1.0,
         loss: Loss = cross_entropy,
+        patience: int | None = None,
         eot: int | None = None,
         stop_at_hit: bool = True,
         seed: int = 0,
@@ -82,7 +88,8 @@ class DDN(IterativeAttack):
         check_threat(threat)
         if threat.norm != "l2":
             raise ValueError(f"threat must be in l2, the distance this attack minimises, got {threat.norm!r}: use PGD")
-        for name, number in (("steps", steps), ("eot", 1 if eot is None else eot)):
+        whole = {"steps": steps, "eot": 1 if eot is None else eot, "patience": 1 if patience is None else patience}
+        for name, number in whole.items():
             if number < 1 or number != int(number):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
         if not 0 < gamma < 1:
@@ -91,7 +98,7 @@ class DDN(IterativeAttack):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite length > 0 in pixel units, got {value}")
         self.threat, self.steps, self.gamma, self.initial, self.step_size = threat, steps, gamma, initial, step_size
-        self.loss, self.eot, self.stop_at_hit, self.seed = loss, eot, stop_at_hit, seed
+        self.loss, self.patience, self.eot, self.stop_at_hit, self.seed = loss, patience, eot, stop_at_hit, seed
 
     def cost(self, shape: torch.Size, state: State | None = None) -> int:
         return self.eot or 1
@@ -107,6 +114,8 @@ class DDN(IterativeAttack):
             worst=worst,
             best=x0.new_zeros(len(rows), 0) if search.watch else x0.clone(),
             near=torch.full_like(worst, torch.inf),
+            last=torch.full_like(worst, torch.inf),
+            idle=torch.zeros_like(rows),
         )
 
     def step(self, search: Search, state: State) -> State:
@@ -120,6 +129,8 @@ class DDN(IterativeAttack):
         won = is_adversarial(scores.argmax(-1), state.y, state.target, search.reject) & ~scores.isnan().any(-1)
         if search.watch:  # nothing is nearer than the clean image, and in a radius of 0 nothing else is
             state.done = (search.distance[state.rows] == 0) | (self.threat.radius == 0)
+            if self.patience is not None:
+                state.done |= self._converged(state, search.distance[state.rows], self.patience)
         else:
             near = self.threat.distance(state.x, state.x0)
             better = won & (near < state.near)
@@ -130,6 +141,12 @@ class DDN(IterativeAttack):
             at_end = (state.t + 1 >= self.steps) & state.near.isfinite()
             state.x = torch.where(at_end[:, None, None, None], state.best, state.x)
         return state
+
+    def _converged(self, state: DDNState, distance: Tensor, patience: int) -> Tensor:
+        nearer = distance < 0.999 * state.last
+        state.last = torch.where(nearer, distance, state.last)
+        state.idle = torch.where(nearer | distance.isinf(), 0, state.idle + 1)
+        return state.idle >= patience
 
     def _move(self, search: Search, state: DDNState, gradient: Tensor, won: Tensor) -> None:
         """A step along the gradient, then onto the sphere."""

@@ -147,6 +147,30 @@ def test_a_detector_is_evaded_too(loss: Combined | None) -> None:
     assert not attack(model, x, y).success.any()
 
 
+def test_converged_images_leave() -> None:
+    model, x = Small(classes=6, scale=6.0).eval(), images(12)
+    y = decided(model, x)
+    whole = DDN(steps=60)(model, x, y)
+    assert torch.equal(DDN(steps=60, patience=60)(model, x, y).x_adv, whole.x_adv)
+    early = DDN(steps=60, patience=8)(model, x, y)
+    assert early.success.all()
+    assert (early.queries < 60).any()
+    assert (early.distance < 1.02 * whole.distance).all()
+    for row in range(12):  # the last 8 steps brought it no nearer by 0.1 %, all before them did
+        found = early.trace[early.trace[:, 0] == row]
+        near, at = float("inf"), 0
+        for _, _, query, distance in found.tolist():
+            if distance < 0.999 * near:
+                near, at = distance, int(query)
+        assert int(early.queries[row]) in (at + 8, 60)
+
+
+@pytest.mark.filterwarnings("ignore:DDN. the gradient was exactly 0")
+def test_an_image_that_is_not_broken_has_not_converged() -> None:
+    model, x, y = safe()
+    assert (DDN(steps=20, patience=2)(model.eval(), x, y).queries == 21).all()
+
+
 def test_what_is_wrong_from_the_start_ends_there() -> None:
     model, x = Small(), images(4, 7)
     result = DDN(FAR, 20)(model, x, (decided(model, x) + 1) % 4)
@@ -222,6 +246,7 @@ def test_a_random_model(eot: int | None) -> None:
     [
         ({"threat": ThreatModel("linf", 0.1)}, "l2"),
         ({"threat": 0.3}, "ThreatModel"),
+        ({"patience": 0}, "patience must be a whole number of at least 1, got 0"),
         ({"steps": 0}, "steps"),
         ({"gamma": 1.0}, "gamma"),
         ({"gamma": float("nan")}, "gamma"),
