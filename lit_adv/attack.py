@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any, Self
 
 import torch
@@ -193,7 +194,8 @@ class IterativeAttack(Attack):
                     stacklevel=3,
                 )
             # what was made in inference mode can neither enter a graph nor be updated in place outside it
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.clone()
+            x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+            x = x.clone() if x.is_inference() else x
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
             attack = self.adapted(oracle.stochastic)
@@ -226,15 +228,15 @@ class IterativeAttack(Attack):
         state = self.start(search, waiting[:0])
         each = max(1, int(self.cost(search.x0.shape[1:])))
         while len(state) or len(waiting):
+            state, anew = search.retire(state)  # first of all, so that those who wait take their places at once
+            waiting = torch.cat([waiting, anew]) if len(anew) else waiting
             room = self._room(search, state, each)
             if room > 0 and len(waiting):
                 few = len(waiting) - room <= (room + len(state)) // 4  # a few stragglers alone would not fill forwards
                 if few and self.access != Access.GRADIENT:  # a graph larger than the chunk would be made twice
                     room = len(waiting)
-                state, waiting = state + self.start(search, waiting[:room]), waiting[room:]
-            state, anew = search.retire(state)
-            if len(anew):
-                waiting = torch.cat([waiting, anew])
+                fresh, anew = search.retire(self.start(search, waiting[:room]))  # some have nothing to try
+                state, waiting = state + fresh, torch.cat([waiting[room:], anew])
             if len(state):
                 state = self.step(search, state)
                 state.t = state.t + (~state.inside).long()
@@ -325,13 +327,14 @@ def check_images(
         raise ValueError(f"images are {x.dtype} and the model's weights {dtype}: cast one to the other")
     if not len(x):
         return
-    if not x.isfinite().all():
+    least, most = (float(end) for end in torch.aminmax(x.detach()))  # in one pass; NaN if any is
+    if not (isfinite(least) and isfinite(most)):
         lost = int((~x.isfinite()).flatten(1).any(1).sum())
         raise ValueError(f"{lost} of {len(x)} images hold NaN or inf: leave them out or mend what makes them")
     low, high = threat.box
-    if x.min() < low or x.max() > high:
+    if least < low or most > high:
         raise ValueError(
-            f"images must lie in [{low:g}, {high:g}], got values in [{x.min():.3g}, {x.max():.3g}]: put the "
+            f"images must lie in [{low:g}, {high:g}], got values in [{least:.3g}, {most:.3g}]: put the "
             "normalisation inside the model, and divide 8-bit images by 255"
         )
 
