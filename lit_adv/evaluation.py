@@ -69,20 +69,11 @@ def evaluate(
         Trial(protocol, model, data, classes, records, progress=progress, place=place, training=training)
         for place, protocol in enumerate(protocols)
     ]
-    images = IMAGES if audit is True else int(audit)
     probing = None
-    if images:
-        place = None if folder is None else folder / "audit"
-        probing = Probing(model, images, seen_by(protocols), outputs(protocols), data, place, progress)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for batch in _batches(loader):
-        moved = Batch(*(part.to(device) for part in batch))
-        for trial in trials:
-            trial.add(moved)
-        if probing is not None:
-            probing.add(moved)
-        if all(trial.full for trial in trials):
-            break
+    if images := IMAGES if audit is True else int(audit):
+        kept = None if folder is None else folder / "audit"
+        probing = Probing(model, images, seen_by(protocols), outputs(protocols), data, kept, progress)
+    _show(model, loader, trials, probing)
     outcomes = [trial.outcome(trial.close()) for trial in trials]
     probed = [] if probing is None else probing.audited(outcomes, [p.attack.threat for p in protocols])
     report = Report(outcomes, name or type(model).__name__, data or "images given", versions(), probed)
@@ -92,6 +83,19 @@ def evaluate(
         except OSError as error:
             warnings.warn(f"{error}; the report is returned all the same", stacklevel=2)
     return report
+
+
+def _show(model: nn.Module, loader: Any, trials: Sequence[Trial], probing: Probing | None) -> None:
+    """Give all of them the images, as long as one of the trials wants more."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for batch in _batches(loader):
+        moved = Batch(*(part.to(device) for part in batch))
+        for trial in trials:
+            trial.add(moved)
+        if probing is not None:
+            probing.add(moved)
+        if all(trial.full for trial in trials):
+            return
 
 
 def versions() -> dict[str, str]:

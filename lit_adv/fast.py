@@ -113,7 +113,7 @@ class _FastCopy(nn.Module):
                     answer = ask(model, images)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
+            except Exception:  # whatever a network raises on a copy of itself, the next way may do; the last raises
                 if self.way is not None or len(self._ways) == 1:
                     raise
                 self._ways.pop(0)
@@ -137,7 +137,7 @@ def _copy(model: nn.Module) -> nn.Module | None:
     """A frozen copy in eval mode; None of a network that holds what cannot be copied, a session or a lock say."""
     try:
         return copy.deepcopy(model).requires_grad_(False).eval()
-    except Exception:
+    except Exception:  # what cannot be copied says so by errors of its own making; the search then goes without
         return None
 
 

@@ -82,7 +82,7 @@ class Refuses(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x.flatten(1))
         if hidden.dtype != torch.float32:
-            raise NotImplementedError("no bfloat16 here")
+            raise NotImplementedError("no bfloat16 here")  # as torch does where a kernel is missing
         return self.second(hidden)
 
 

@@ -267,7 +267,7 @@ def test_rounding_is_no_randomness(kind: torch.dtype) -> None:
     trial = Trial(nattack(), Small().to(kind).eval())
     for part in torch.arange(COUNT).split(9):
         trial.add(Batch(kept[part], Y[part], part))
-    trial.close()
+    assert not trial.outcome(trial.close()).stochastic
 
 
 def test_a_model_that_tells_labels_at_random_is_noticed() -> None:

@@ -91,7 +91,7 @@ class Cascade(Attack):
         y, target = check_labels(y, target, x)
         check_rows(x, oracle, index)
         with torch.inference_mode(False):
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.clone()
+            x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach().clone()
             index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
             oracle.index = index
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()

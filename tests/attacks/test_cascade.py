@@ -165,4 +165,12 @@ def test_a_stand_in_answers_scores_alone() -> None:
             raise AssertionError("the stand-in was asked")
 
     label = Cascade(ThreatModel("l2", 0.3), {"boundary": Boundary(ThreatModel("l2", 9.0), steps=3)})
-    label(QueryOracle(model, 6, fast=Wrong().eval()), x, y)
+    found = label(QueryOracle(model, 6, fast=Wrong().eval()), x, y)
+    plain = label(QueryOracle(model, 6), x, y)
+    assert torch.equal(found.x_adv, plain.x_adv)
+    assert torch.equal(found.queries, plain.queries)  # nothing is doubtful that the model itself said
+
+
+def test_images_that_require_a_gradient_give_a_result_without_one() -> None:
+    model, x, y = problem(4)
+    assert not Cascade(FIVE, parts())(model, x.requires_grad_(), y).x_adv.requires_grad
