@@ -121,6 +121,8 @@ class IterativeAttack(Attack):
             that it is random.
         confidence: least margin of the scores with which an adversarial image counts; fresh answers that confirm a
             doubtful one need only be adversarial.
+        leaving: told the states of rows as their starts end, after the last check; for those who want to know where
+            a search stood. No part of what an attack is.
     """
 
     steps: int
@@ -131,6 +133,7 @@ class IterativeAttack(Attack):
     looks_first: bool = False
     eot: int | None = 1
     confidence: float = 0.0
+    leaving: Callable[[Any], None] | None = None
 
     @abstractmethod
     def start(self, search: Search, rows: Tensor) -> State:
@@ -198,7 +201,7 @@ class IterativeAttack(Attack):
             x = x.clone() if x.is_inference() else x
             oracle.queries, oracle.nonfinite = oracle.queries.clone(), oracle.nonfinite.clone()
             oracle.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device).clone()
-            attack = self.adapted(oracle.stochastic)
+            attack = self.adapted(oracle.random_gradient)
             search = Search(attack, oracle, x, y, target, oracle.index, finished)
             result = attack._run(search, torch.arange(len(x), device=x.device))
         attack._warn(search)
@@ -209,7 +212,7 @@ class IterativeAttack(Attack):
         if self.access != Access.GRADIENT or not len(search.x0):
             return
         name, model = type(self).__name__, type(search.oracle.model).__name__
-        if search.oracle.stochastic and self.eot == 1:
+        if search.oracle.random_gradient and self.eot == 1:
             warnings.warn(
                 f"{model} is random, and {name} with eot=1 follows the gradient of one draw at a time: leave eot out "
                 f"({EOT} draws a step) or raise it",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch import nn
@@ -105,11 +105,12 @@ class AdvCLI(LightningCLI):
         self,
         model: type[LightningModule] | Callable[..., LightningModule],
         trainer: Mapping[str, Any] | None = None,
+        data: type[LightningDataModule] = ImageDataModule,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             model,
-            ImageDataModule,
+            data,
             # Attacks in validation and test need gradients; all that is logged is logged once an epoch.
             trainer_defaults={"inference_mode": False, "log_every_n_steps": 1, **(trainer or {})},
             seed_everything_default=0,
@@ -164,7 +165,8 @@ class TrainCLI(AdvCLI):
     """``train.py``: subcommands fit and validate."""
 
     def __init__(self, args: Arguments = None) -> None:
-        super().__init__(Task, subclass_mode_model=True, args=args)
+        # any data: a regression trains on pairs, which are no labelled images
+        super().__init__(Task, data=LightningDataModule, subclass_mode_model=True, args=args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -207,7 +209,7 @@ class TrainCLI(AdvCLI):
         callbacks = _as_list(config.get("callbacks"))
         wanted = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if wanted and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, best_epoch(callbacks)]
+            kwargs["callbacks"] = [*callbacks, best_epoch(callbacks, *self.model.best)]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -310,16 +312,17 @@ class EvaluateCLI(AdvCLI):
         return Path(checkpoint).stem if checkpoint else type(self.model.model).__name__
 
 
-def best_epoch(callbacks: Sequence[Callback]) -> ModelCheckpoint:
-    """Keeps the epoch of best robust accuracy under the first probe, or of best accuracy if none probes.
+def best_epoch(callbacks: Sequence[Callback], metric: str = "val/accuracy", mode: str = "max") -> ModelCheckpoint:
+    """Keeps the epoch of best robust accuracy under the first probe, or of the best metric if none probes.
 
     Args:
         callbacks: The trainer's others, probes among them.
+        metric: What the task measures. mode: "max" or "min" of it.
     """
     probe = next((callback for callback in callbacks if isinstance(callback, AttackEvaluation)), None)
     return ModelCheckpoint(
-        monitor=f"val/robust_accuracy/{probe.name}" if probe else "val/accuracy",
-        mode="max",
+        monitor=f"val/robust_accuracy/{probe.name}" if probe else metric,
+        mode="max" if probe else mode,
         filename="epoch{epoch:03d}",
         auto_insert_metric_name=False,  # the slash in the metric's name would make folders
         every_n_epochs=probe.every_n_epochs if probe else 1,

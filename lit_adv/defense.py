@@ -75,4 +75,4 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
     References:
         Athalye, Carlini & Wagner 2018 (BPDA), https://arxiv.org/abs/1802.00420.
     """
-    return smooth + (exact - smooth).detach()
+    return exact.detach() + (smooth - smooth.detach())  # in this order nothing is rounded

@@ -100,7 +100,7 @@ class QueryOracle:
             )
         self.queries = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.index = torch.arange(rows) if index is None else index
-        self._surrogate = _surrogate_of(model, surrogate)
+        self._surrogate, self.random_gradient = _surrogate_of(model, surrogate)
         self.answers = answers if self.stochastic else 1  # a deterministic model would only repeat itself
         self.confirmations = (31 if confirm is None else confirm) if self.stochastic else 1
         self._lent = surrogate is not None
@@ -342,9 +342,11 @@ class QueryOracle:
         return answer
 
 
-def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[..., Tensor]:
+def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> tuple[Callable[..., Tensor], bool]:
+    """What gradients go through, and whether it draws random numbers."""
+    stochastic = bool(getattr(model, "stochastic", False))
     if surrogate is None:
-        return getattr(model, "surrogate", model)
+        return getattr(model, "surrogate", model), stochastic
     method: Any = surrogate
     if isinstance(surrogate, str):
         method = model
@@ -354,9 +356,9 @@ def _surrogate_of(model: nn.Module, surrogate: Surrogate | None) -> Callable[...
         raise ValueError(
             f"surrogate names a method or a part of the model, and {type(model).__name__} has no {surrogate!r}"
         )
-    if getattr(model, "stochastic", False) and not _takes_draws(method):
-        return lambda x, draws=None: method(x)
-    return cast(Callable[..., Tensor], method)
+    if stochastic and not _takes_draws(method):
+        return lambda x, draws=None: method(x), False
+    return cast(Callable[..., Tensor], method), stochastic
 
 
 def _takes_draws(method: Any) -> bool:
@@ -383,9 +385,7 @@ def _check_arguments(
 def _flat(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() not in (4, 5):
         raise ValueError(f"images must be (n, C, H, W) or (n, s, C, H, W), got shape {tuple(x.shape)}")
-    if x.dim() == 4:
-        return x, rows
-    return x.flatten(0, 1), rows[:, None].expand(x.shape[:2]).reshape(-1)
+    return (x, rows) if x.dim() == 4 else (x.flatten(0, 1), rows[:, None].expand(x.shape[:2]).reshape(-1))
 
 
 def _occurrence(rows: Tensor) -> Tensor:

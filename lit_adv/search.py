@@ -333,6 +333,8 @@ class Search:
         every = bool(over.all())  # then nothing need be copied
         ended = state if every else state[over.nonzero().squeeze(1)]
         self._check_last(ended)
+        if self.attack.leaving is not None:
+            self.attack.leaving(ended)
         if self.attack.restarts == 1:
             self._close(ended)
             return state[(~over).nonzero().squeeze(1)], state.rows[:0]

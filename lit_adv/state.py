@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Rules(Protocol):
     needs_whole_step: bool
     looks_first: bool
     confidence: float
+    leaving: Callable[[Any], None] | None
 
     def cost(self, shape: torch.Size, state: State | None = None) -> int | Tensor:
         """Images each row may ask about in its next step."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,6 +141,7 @@ class NAttack(IterativeAttack):
         self.access = Access.PROBS
         self.minimizes_distance = objective == "distortion"
         self.needs_whole_step = schedule == "mean"
+        self.models = [initial] if isinstance(initial, nn.Module) else []  # whose weights decide the result, too
         self._blocks = Blocks(samples, block, even=antithetic)
         self._tests_mean = schedule == "mean" or objective == "distortion"
 
@@ -185,9 +185,8 @@ class NAttack(IterativeAttack):
             return search.starting_draws(rows).normal(*size, dtype=x0.dtype).mul_(self.init_std)
         if not n:
             return x0.new_zeros(0, *size)
-        module = self.initial if isinstance(self.initial, nn.Module) else None
-        with evaluating(module) if module is not None else nullcontext():
-            phi = self.initial(x0 if module is None else x0.to(dtype_of(module)))
+        with evaluating(*self.models):
+            phi = self.initial(x0.to(dtype_of(self.models[0].to(x0.device))) if self.models else x0)
         if not isinstance(phi, Tensor) or phi.shape != (n, *size):
             got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
             name = type(self.initial).__name__

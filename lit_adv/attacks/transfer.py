@@ -35,10 +35,13 @@ class Transfer(IterativeAttack):
         models: local models, images in the same box to logits of the same classes; they need not be of the target's
             kind. They are moved to the images' device.
         weights: of the models' losses, >= 0; None: 1 each.
+        surrogate: a method or a part of the one local model that gradients go through instead of its own surrogate,
+            e.g. ``"softsign"``; what the model itself decides still says whether it is fooled.
 
     Raises:
-        ValueError: no model, weights of another number or negative, several models and an attack without a loss; when
-            called: models of different classes, labels beyond them, a model that does not take the images.
+        ValueError: no model, weights of another number or negative, several models and an attack without a loss or
+            with a surrogate, a surrogate that the model does not have; when called: models of different classes, labels
+            beyond them, a model that does not take the images.
     References:
         Bhagoji et al. 2018, https://arxiv.org/abs/1712.09491, table 5 (FGS and IFGS on one to three
         local models: 40 steps of 0.01 in a ball of 0.3); Liu et al. 2017, https://arxiv.org/abs/1611.02770 (ensembles).
@@ -49,7 +52,13 @@ class Transfer(IterativeAttack):
     needs_whole_step = False
     looks_first = True
 
-    def __init__(self, attack: Attack, models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        attack: Attack,
+        models: Sequence[nn.Module],
+        weights: Sequence[float] | None = None,
+        surrogate: str | None = None,
+    ) -> None:
         if not isinstance(attack, Attack):
             raise ValueError(f"attack must be an attack on the local models, e.g. PGD(), got {attack!r}")
         if isinstance(models, nn.Module) or not all(isinstance(model, nn.Module) for model in models):
@@ -66,7 +75,14 @@ class Transfer(IterativeAttack):
                 f"attack {type(attack).__name__} has no loss of which {len(models)} models could make a sum: give one "
                 "model, or an attack with a loss, e.g. PGD"
             )
+        if surrogate is not None and len(models) > 1:
+            raise ValueError(
+                f"surrogate {surrogate!r} is of one local model, got {len(models)}: transfer from each alone"
+            )
+        if surrogate is not None:
+            QueryOracle(models[0], 0, surrogate=surrogate)  # refuses one that the model does not have
         self.attack, self.models, self.weights = copy.copy(attack), list(models), weights
+        self.surrogate = surrogate
         if hasattr(attack, "stop_at_hit"):
             self.attack.stop_at_hit = False  # type: ignore[attr-defined]
         self.threat, self.seed = attack.threat, attack.seed
@@ -106,7 +122,7 @@ class Transfer(IterativeAttack):
                 local = Joined(self.models, self._shares).eval()
                 attack.loss = Summed(attack.loss, self._shares, width, getattr(attack, "kappa", None))  # type: ignore[attr-defined]
                 attack.kappa = None  # type: ignore[attr-defined]
-            oracle = QueryOracle(local, len(state), confirm=1, known_right=True)
+            oracle = QueryOracle(local, len(state), confirm=1, known_right=True, surrogate=self.surrogate)
             x0 = state.x0.to(oracle.dtype) if oracle.dtype in (torch.float32, torch.float64) else state.x0
             found = attack(oracle, x0, state.y, state.target, search.index[state.rows])
         search.count("images fooled the local models", found.success)

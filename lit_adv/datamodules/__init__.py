@@ -6,6 +6,7 @@ from lit_adv.datamodules.dataset import ImageDataset
 from lit_adv.datamodules.digits import Digits
 from lit_adv.datamodules.imagenet import ImageNet
 from lit_adv.datamodules.mnist import MNIST, FashionMNIST
+from lit_adv.datamodules.pairs import PairBatch, PerturbationPairs
 from lit_adv.datamodules.tiny_imagenet import TinyImageNet
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "ImageDataModule",
     "ImageDataset",
     "ImageNet",
+    "PairBatch",
+    "PerturbationPairs",
     "TinyImageNet",
 ]

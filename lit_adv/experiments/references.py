@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from lit_adv.cli import train_main
+from lit_adv.experiments import trained
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
     "model_a": "mnist_standard",
     "model_a_narrow": "mnist_madry_narrow",
@@ -45,13 +45,10 @@ def main() -> None:
 
 def command(name: str, target: Path, precision: str, max_train: int | None) -> list[str]:
     """Arguments of ``train.py`` that train a target, or go on with it."""
-    runs = Path("runs")
-    words = ["fit", "--config", str(ROOT / "configs" / "train" / f"{TARGETS[name]}.yaml"), "--name", name]
-    words += ["--save_as", str(target), f"--trainer.precision={precision}"]
+    words = [f"--trainer.precision={precision}"]
     if max_train is not None:
         words.append(f"--data.max_train={max_train}")
-    states = sorted((runs / name).glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    return [*words, "--ckpt_path", str(states[-1])] if states else words
+    return trained.command(name, TARGETS[name], target, *words)
 
 
 if __name__ == "__main__":

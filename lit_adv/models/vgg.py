@@ -79,6 +79,7 @@ class SmallVGG(nn.Module):
         num_classes: length of the logits.
         in_channels: of the images.
         image_size: height and width in pixels, at least 16.
+        width: channels of the first convolution; the others are one or two times as many, the hidden layers eight.
         dropout: probability before each of the first two linear layers.
         mean: per channel in [0, 1]; None for no normalisation.
         std: per channel in [0, 1].
@@ -98,30 +99,31 @@ class SmallVGG(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         image_size: int = 32,
+        width: int = 64,
         dropout: float = 0.5,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, in_channels=in_channels)
+        check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
         if image_size < 16:
             raise ValueError(f"image_size must be at least 16 for four 2x2 pools, got {image_size}")
         self.num_classes = num_classes
         self.image_input = ImageInput(in_channels, image_size, mean, std)
         self.features = nn.Sequential(
-            *_small_stage(in_channels, 64),
-            *_small_stage(64, 128),
-            *_small_stage(128, 64, 64),
-            *_small_stage(64, 128, 128),
+            *_small_stage(in_channels, width),
+            *_small_stage(width, 2 * width),
+            *_small_stage(2 * width, width, width),
+            *_small_stage(width, 2 * width, 2 * width),
         )
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
-            nn.Linear(128 * (image_size // 16) ** 2, 512),
+            nn.Linear(2 * width * (image_size // 16) ** 2, 8 * width),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(512, 512),
+            nn.Linear(8 * width, 8 * width),
             nn.ReLU(),
-            nn.Linear(512, num_classes),
+            nn.Linear(8 * width, num_classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:

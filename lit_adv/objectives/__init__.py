@@ -1,8 +1,10 @@
 """Training losses, one a file: from model and batch to a loss and what to log."""
 
+from lit_adv.objectives.imitation import Imitation
 from lit_adv.objectives.madry import Madry
 from lit_adv.objectives.objective import Objective
+from lit_adv.objectives.regression import MeanSquaredError
 from lit_adv.objectives.standard import Standard
 from lit_adv.objectives.trades import TRADES
 
-__all__ = ["TRADES", "Madry", "Objective", "Standard"]
+__all__ = ["TRADES", "Imitation", "Madry", "MeanSquaredError", "Objective", "Standard"]

@@ -2,12 +2,16 @@
 
 from lit_adv.tasks.checkpoint import Checkpoint, CheckpointError, export_checkpoint, load_weights, read_checkpoint
 from lit_adv.tasks.classification import Classification
+from lit_adv.tasks.plain_weights import PlainWeights
+from lit_adv.tasks.regression import Regression
 from lit_adv.tasks.task import Task
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Classification",
+    "PlainWeights",
+    "Regression",
     "Task",
     "export_checkpoint",
     "load_weights",

@@ -125,13 +125,15 @@ def export_checkpoint(source: Path, target: Path) -> None:
 
 
 def describe(recipe: Any) -> Any:
-    """A copy of a recipe in which every network read from a checkpoint is replaced by its own recipe.
+    """A copy of a recipe in which every network read from a file is replaced by its own recipe.
 
     The weights of such a network are in the new checkpoint, so that the file it came from is needed no more.
     """
     if is_recipe(recipe) and recipe["class_path"] in _OWN_PATHS:
         arguments = recipe["init_args"]
         return read_checkpoint(Path(arguments["path"]))[KEY]["model"]
+    if is_recipe(recipe) and recipe["class_path"] in _PLAIN_PATHS:
+        return describe(recipe["init_args"]["network"])
     if isinstance(recipe, Mapping):
         return {key: describe(value) for key, value in recipe.items()}
     if isinstance(recipe, (list, tuple)):
@@ -140,29 +142,47 @@ def describe(recipe: Any) -> Any:
 
 
 _OWN_PATHS = (f"{__package__}.{Checkpoint.__name__}", f"{__name__}.{Checkpoint.__name__}")
+_PLAIN_PATHS = (f"{__package__}.PlainWeights", f"{__package__}.plain_weights.PlainWeights")  # which imports this file
 
 
 def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    fit_weights(
+        network, weights, f"checkpoint {path}", "give the class and arguments it was trained with, or train again"
+    )
+
+
+def fit_weights(network: nn.Module, weights: Mapping[str, Tensor], file: str, remedy: str) -> None:
+    """Fill a network with weights that are its own to the last key.
+
+    Raises:
+        CheckpointError: If keys are missing, unknown or of another shape; they are named.
+    """
     expected = network.state_dict()
     shapes = [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if not (shapes or missing or extra):
-        network.load_state_dict(weights)
+        try:
+            network.load_state_dict(weights)
+        except ValueError as error:  # a defence refuses what it was not trained with
+            raise CheckpointError(f"{file} is refused: {error}") from None
         return
     faults = {"missing": missing, "unknown": extra, "of another shape": shapes}
     listed = "; ".join(f"{name}: {', '.join(sorted(keys)[:4])}" for name, keys in faults.items() if keys)
     raise CheckpointError(
-        f"checkpoint {path} holds the weights of another network than {type(network).__name__} ({listed}); "
-        f"give the class and arguments it was trained with, or train again"
+        f"{file} holds the weights of another network than {type(network).__name__} ({listed}); {remedy}"
     )
 
 
 def _missing(path: Path) -> str:
-    beside = [other.name for other in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+    return f"checkpoint {path} does not exist{near(path, '*.ckpt') or '; train it first, or correct the path'}"
+
+
+def near(path: Path, pattern: str = "*") -> str:
+    """A hint at the file of a folder whose name is nearest to a path that does not exist, or nothing."""
+    beside = [other.name for other in path.parent.glob(pattern)] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
-    hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-    return f"checkpoint {path} does not exist{hint or '; train it first, or correct the path'}"
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _not_an_archive(path: Path) -> str:

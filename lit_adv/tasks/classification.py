@@ -7,13 +7,19 @@ import torch.nn.functional as F
 
 from lit_adv.answers import check_answer
 from lit_adv.datamodules import Batch
+from lit_adv.defense import Defense
+from lit_adv.draws import Draws
 from lit_adv.tasks.task import MeanPerImage, Task
+
+CLEAN = -11  # key of the draws behind clean metrics, apart from those of attacks, queries and training
 
 
 class Classification(Task):
     """Trains a classifier; its clean metrics are the cross-entropy and the share of images classified rightly.
 
-    A refused image (a detector's further column) counts as classified wrongly. Arguments are those of ``Task``.
+    A refused image (a detector's further column) counts as classified wrongly. A random defence answers each image
+    once, by draws of that image's place in the data set: the same in every epoch, for any batch size and any number
+    of processes. Arguments are those of ``Task``.
     """
 
     _sound = False  # whether the network's answers have been looked at
@@ -30,8 +36,13 @@ class Classification(Task):
             )
         self._sound = True
 
+    def _answer(self, batch: Batch) -> Any:
+        if isinstance(self.model, Defense) and self.model.stochastic:
+            return self.model(batch.image, draws=Draws(0, batch.index, torch.zeros_like(batch.index), CLEAN))
+        return self.model(batch.image)
+
     def _measure(self, stage: str, batch: Batch) -> None:
-        logits = self.model(batch.image)
+        logits = self._answer(batch)
         if not self._sound:
             self._check(logits, len(batch.label))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pytorch_lightning import LightningModule
@@ -66,7 +66,12 @@ class Task(LightningModule, ABC):
 
     Attributes:
         recipe: How to build the model, as plain data; ``None`` where it was given as a finished module without one.
+        measures: Names of what is measured on validation and test images.
+        best: The metric by which the best epoch is chosen, and whether its "max" or "min" is.
     """
+
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/accuracy", "max")
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class Task(LightningModule, ABC):
         known = getattr(model, "recipe", None)
         self.recipe: Any = describe(known) if is_recipe(known) else None
         self.measured = nn.ModuleDict(
-            {f"{stage}_{name}": MeanPerImage() for stage in ("val", "test") for name in ("loss", "accuracy")}
+            {f"{stage}_{name}": MeanPerImage() for stage in ("val", "test") for name in self.measures}
         )
 
     def remember(self, config: Mapping[str, Any]) -> None:

@@ -26,6 +26,21 @@ pytestmark = [
 EPS, STEP, STEPS = 0.05, 0.004, 20
 
 
+class Bent(nn.Module):
+    """A classifier that lends another's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.inside = local(5), local(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outside(x)
+
+
+def local(seed: int = 5) -> Small:
+    return Small(seed=seed, scale=4.0)
+
+
 def ifgs(**arguments: Any) -> PGD:
     given: dict[str, Any] = {"threat": ThreatModel("linf", EPS), "steps": STEPS, "step_size": STEP}
     return PGD(**{**given, "random_start": False, **arguments})
@@ -34,10 +49,6 @@ def ifgs(**arguments: Any) -> PGD:
 def problem(count: int = 12) -> tuple[nn.Module, Tensor, Tensor]:
     model, x = Small(scale=4.0), images(count, 7)
     return model, x, decided(model, x)
-
-
-def local(seed: int = 5) -> Small:
-    return Small(seed=seed, scale=4.0)
 
 
 def climbed(models: list[nn.Module], weights: list[float], x: Tensor, y: Tensor, kappa: float | None) -> Tensor:
@@ -171,6 +182,33 @@ def test_local_models_may_be_random_and_of_another_type() -> None:
     assert (single.distance[single.success] <= EPS * (1 + 1e-6)).all()
 
 
+def test_gradients_go_through_the_surrogate_and_the_model_decides() -> None:
+    _, x, y = problem()
+    source, target = Bent(), Recording(Small())
+    Transfer(ifgs(), [source], surrogate="inside")(QueryOracle(target, len(x), known_right=True), x, y)
+    (tried,) = target.given
+    expected = climbed([source.inside], [1.0], x, y, None)
+    last = decided(source.outside, expected) != y  # else an earlier image fooled it, or none did
+    assert last.any()
+    torch.testing.assert_close(tried[last], expected[last], rtol=0, atol=1e-12)
+    found = decided(source.outside, tried) != y
+    assert found[last].all()
+    plain = Transfer(ifgs(), [source])(Small(), x, y)
+    assert not torch.allclose(plain.x_adv, tried)
+
+
+@pytest.mark.parametrize("surrogate", [None, "surrogate"])
+def test_gradients_of_a_random_surrogate_are_averaged_over_draws(surrogate: str | None) -> None:
+    _, x, y = problem()
+    noisy = Noisy(local(), 4, 0.02)
+    attack = Transfer(ifgs(estimator=Autograd(3)), [noisy], surrogate=surrogate)
+    attack(QueryOracle(Small(), len(x), known_right=True), x, y)
+    asked = sum(len(seen) for seen in noisy.seen)
+    assert asked >= 3 * STEPS * len(x)
+    expected = Transfer(ifgs(estimator=Autograd(3)), [noisy])(Small(), x, y)
+    torch.testing.assert_close(attack(Small(), x, y).x_adv, expected.x_adv, rtol=0, atol=0)
+
+
 def test_joined_models_decide_by_their_mean_probability() -> None:
     x = images(30)
     models = [local(5), local(6)]
@@ -214,6 +252,8 @@ def test_local_models_and_the_attack_given_are_left_alone(count: int) -> None:
         ({"weights": [0.0]}, "not all 0"),
         ({"weights": [float("nan")]}, "weights must be one number >= 0"),
         ({"models": [Small(), Small()], "attack": Transfer(PGD(), [Small()])}, "Transfer has no loss"),
+        ({"surrogate": "softsign"}, "surrogate names a method or a part of the model, and Small has no 'softsign'"),
+        ({"models": [Bent(), Bent()], "surrogate": "inside"}, "surrogate 'inside' is of one local model, got 2"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], said: str) -> None:

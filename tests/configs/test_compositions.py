@@ -13,13 +13,15 @@ from lit_adv.cli import EvaluateCLI, TrainCLI
 from lit_adv.datamodules import Batch
 from lit_adv.models import DigitsNet
 from lit_adv.objectives import Objective
-from lit_adv.tasks import Task
+from lit_adv.tasks import Regression, Task
 from lit_adv.tasks.checkpoint import FORMAT, KEY
+from lit_adv.tasks.recipe import build_module
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.logger=false"]
 DATA = f"--data={CONFIGS}/data/digits.yaml"
 NETWORK = "--model.module=lit_adv.models.DigitsNet"
+SMALLER = {"nattack_r_imagenet": ["--model.model.hidden=16"]}  # of 134 million weights
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|skip_none parameter was deprecated)"),
@@ -56,16 +58,33 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def put_tiny_networks(path: Path) -> None:
+    """Where a training begins with networks trained before, tiny ones of its data."""
+    text = (path.parent / yaml.safe_load(path.read_text())["model"]).read_text()
+    sizes = {"in_channels": 1, "image_size": 28} if "mnist" in path.stem else {"in_channels": 3, "image_size": 32}
+    tiny = {"class_path": "lit_adv.models.DigitsNet", "init_args": {**sizes, "filters": [2, 2], "hidden": 4}}
+    behind = {"class_path": "lit_adv.defenses.AdversarialTransformation", "init_args": {}}
+    behind["init_args"] = {"classifier": tiny, "reference": tiny}
+    for place in set(re.findall(r"checkpoints/\w+\.ckpt", text)):
+        recipe = behind if "transformation" in place else tiny
+        Path(place).parent.mkdir(exist_ok=True)
+        content = {KEY: {"format": FORMAT, "model": recipe}, "state_dict": weights_of(build_module(recipe))}
+        torch.save(content, place)
+
+
 @pytest.mark.parametrize("path", group("train"), ids=shown)
 def test_training(path: Path) -> None:
-    cli = Built(["fit", "--config", str(path), *HERE])
+    put_tiny_networks(path)
+    cli = Built(["fit", "--config", str(path), *SMALLER.get(path.stem, ()), *HERE])
     assert isinstance(cli.model, Task)
     assert isinstance(cli.model.objective, Objective)
     assert cli.trainer.max_epochs == yaml.safe_load(path.read_text())["epochs"]
-    assert cli.model.recipe["class_path"].startswith("lit_adv.models.")
-    image = torch.rand(1, *cli.datamodule.dims)
+    assert cli.model.recipe["class_path"].startswith(("lit_adv.models.", "lit_adv.defenses."))
+    channels = cli.model.recipe["init_args"].get("in_channels", 3)
+    image = torch.rand(1, *getattr(cli.datamodule, "dims", (channels, 32, 32)))  # pairs take their images' size
     with torch.no_grad():
-        assert cli.model.eval()(image).shape == (1, cli.datamodule.num_classes)
+        answer = cli.model.eval()(image)
+    assert answer.shape == (image.shape if isinstance(cli.model, Regression) else (1, cli.datamodule.num_classes))
     assert cli.run_name == path.stem
     assert str(cli.config["fit"].save_as) == f"checkpoints/{path.stem}.ckpt"
 
@@ -79,8 +98,11 @@ def test_task_is_used_by_a_training(path: Path) -> None:
 @pytest.mark.parametrize("path", group("trainer"), ids=shown)
 def test_trainer(path: Path) -> None:
     model = f"--model={CONFIGS}/task/digits_standard.yaml"
-    cli = Built(["fit", f"--trainer={path}", DATA, model, *HERE])
     settings = yaml.safe_load(path.read_text())
+    further = "trainer" in settings  # it sets more than the trainer, and is given after a training's own configuration
+    cli = Built(
+        ["fit", *([DATA, model, "--config", str(path)] if further else [f"--trainer={path}", DATA, model]), *HERE]
+    )
     assert cli.trainer.log_every_n_steps == 1
     assert cli.trainer.gradient_clip_val == settings.get("gradient_clip_val")
 

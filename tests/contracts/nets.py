@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adv.defense import Defense
+from lit_adv.defenses import Thermometer
 from lit_adv.draws import Draws
 
 SHAPE = (3, 8, 8)
@@ -44,6 +45,19 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x.flatten(1) - 0.5) * self.scale @ self.first.T).tanh() @ self.second.T
+
+
+class Means(nn.Module):
+    """From images to means of a search, of the images' size: a fixed pattern and a little of the image."""
+
+    def __init__(self, channels: int = 3, seed: int = 5) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(channels, channels, 3, 3, generator=generator, dtype=torch.float64)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x - 0.5, self.weight, padding=1)
 
 
 class Counting(nn.Module):
@@ -135,3 +149,41 @@ class Recording(nn.Module):
         assert len(x)
         self.given.append(x.clone())
         return self.inner(x)
+
+
+class Decoder(nn.Module):
+    """Gives a classifier of images what a code is about; steps are unequal, lest slopes of levels cancel to noise."""
+
+    def __init__(self, model: nn.Module, levels: int) -> None:
+        super().__init__()
+        self.model, self.levels = model, levels
+
+    def forward(self, code: Tensor) -> Tensor:
+        step = (1 + 0.5 * torch.arange(self.levels, dtype=code.dtype).sin()) / self.levels
+        levels = code.view(len(code), code.shape[1] // self.levels, self.levels, *code.shape[2:])
+        logits: Tensor = self.model((levels * step[:, None, None]).sum(2))
+        return logits
+
+
+class Coded(Thermometer):
+    """Any classifier of images behind thermometer codes, for attacks on those alone."""
+
+    def __init__(self, model: nn.Module, levels: int = 64, classes: int = 4) -> None:
+        super().__init__(Decoder(model, levels), levels, channels=SHAPE[0], num_classes=classes)
+        self.inner = model
+
+    @property
+    def seen(self) -> Tensor:
+        """What the classifier has counted."""
+        assert isinstance(self.inner, Counting)
+        return self.inner.seen
+
+
+def behind(attack: object, model: nn.Module) -> nn.Module:
+    """The model, or for an attack on one kind of defence alone, that defence around the model."""
+    return Coded(model) if getattr(attack, "attacks", None) is Thermometer else model
+
+
+def counting(model: nn.Module, clean: Tensor) -> Counting | Coded:
+    """The same model, which counts what it is given."""
+    return Coded(Counting(model.inner, clean)) if isinstance(model, Coded) else Counting(model, clean)

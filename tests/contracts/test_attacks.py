@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from contracts.nets import Counting, Noisy, Small, decided, images
+from contracts.nets import Noisy, Small, behind, counting, decided, images
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
@@ -43,6 +43,9 @@ def shrunk(tree: Any) -> Any:
         if tree.get("class_path") == "lit_adv.tasks.Checkpoint":
             seed = sum(map(ord, tree["init_args"]["path"]))
             return {"class_path": "contracts.nets.Small", "init_args": {"seed": seed}}
+        first = tree.get("initial")
+        if isinstance(first, dict) and first.get("class_path") == "lit_adv.tasks.Checkpoint":  # answers means
+            tree = {**tree, "initial": {"class_path": "contracts.nets.Means"}}
         return {key: min(value, MODEST[key]) if key in MODEST else shrunk(value) for key, value in tree.items()}
     return [shrunk(value) for value in tree] if isinstance(tree, list) else tree
 
@@ -95,8 +98,8 @@ def attack_of(name: str) -> Attack:
 every = pytest.mark.parametrize("name", NAMES)
 
 
-def problem(count: int = 5, scale: float = 4.0) -> tuple[nn.Module, Tensor, Tensor]:
-    model, x = Small(scale=scale), images(count, 7)
+def problem(name: str, count: int = 5, scale: float = 4.0) -> tuple[nn.Module, Tensor, Tensor]:
+    model, x = behind(attack_of(name), Small(scale=scale)), images(count, 7)
     return model, x, decided(model, x)
 
 
@@ -133,7 +136,7 @@ def test_configurations_are_enrolled() -> None:
 
 @every
 def test_results_are_honest(name: str) -> None:
-    model, x, y = problem(12)
+    model, x, y = problem(name, 12)
     attack = attack_of(name)
     result = attack(model, x, y)
     assert_honest(attack, model, result, x, y)
@@ -142,7 +145,7 @@ def test_results_are_honest(name: str) -> None:
 
 @every
 def test_results_are_honest_in_float32(name: str) -> None:
-    model, x, _ = problem(12)
+    model, x, _ = problem(name, 12)
     model, x = model.float(), x.float()
     y = decided(model, x)
     attack = attack_of(name)
@@ -158,14 +161,14 @@ def test_results_are_honest_in_float32(name: str) -> None:
 @every
 @pytest.mark.parametrize("budget", [0, 1, 37, 200, 1000, None])
 def test_the_ledger_is_what_the_model_was_given(name: str, budget: int | None) -> None:
-    inner, x, y = problem()
-    model = Counting(inner, x)
+    inner, x, y = problem(name)
+    model = counting(inner, x)
     attack = attack_of(name)
     result = attack(QueryOracle(model, len(x), budget=budget), x, y)
     if attack.access == Access.LABEL:  # it begins far from the image, where the nearest clean one says nothing
         assert result.queries.sum() == model.seen.sum()
         for row in range(len(x)):
-            alone = Counting(inner, x[row : row + 1])
+            alone = counting(inner, x[row : row + 1])
             index = torch.tensor([row])
             found = attack(QueryOracle(alone, 1, budget=budget), x[index], y[index], index=index)
             assert found.queries.tolist() == alone.seen.tolist() == result.queries[index].tolist()
@@ -181,7 +184,7 @@ def test_a_budget_of_the_first_hit_finds_it_and_less_does_not(name: str) -> None
     shape = torch.Size((3, 8, 8))
     if not isinstance(attack, IterativeAttack) or (attack.needs_whole_step and attack.cost(shape) > 1):
         pytest.skip("its steps are whole or not at all")
-    model, x, y = problem(12)
+    model, x, y = problem(name, 12)
     unlimited = attack(model, x, y)
     for budget in sorted({*unlimited.first_hit.tolist(), *(unlimited.first_hit - 1).tolist()} - {-1, -2}):
         limited = attack(QueryOracle(model, 12, budget=budget), x, y)
@@ -192,8 +195,8 @@ def test_a_budget_of_the_first_hit_finds_it_and_less_does_not(name: str) -> None
 
 @pytest.mark.parametrize("name", [*NAMES, *STOCHASTIC])
 def test_rows_are_the_same_alone_shuffled_and_in_any_pool(name: str) -> None:
-    model, x, y = problem(6)
-    attack = attack_of(STOCHASTIC.get(name, name))
+    made = STOCHASTIC.get(name, name)
+    (model, x, y), attack = problem(made, 6), attack_of(made)
     if name in STOCHASTIC:
         model = Noisy(model, 4, 0.02)
     index = torch.tensor([30, 2, 77, 5, 1000, 41])
@@ -215,7 +218,7 @@ def test_rows_are_the_same_alone_shuffled_and_in_any_pool(name: str) -> None:
 
 @every
 def test_the_same_seed_gives_the_same_bits(name: str) -> None:
-    model, x, y = problem()
+    model, x, y = problem(name)
     attack = attack_of(name)
     first, second = attack(model, x, y), attack(model, x, y)
     assert torch.equal(first.x_adv, second.x_adv)
@@ -231,16 +234,18 @@ def test_flat_models_black_and_white_images(name: str) -> None:
     x = images(4, 7)
     x[0], x[1] = 0, 1
     attack = attack_of(name)
-    for model, y in ((Flat(), torch.zeros(4, dtype=torch.int64)), (Small(), decided(Small(), x))):
+    for inner in (Flat(), Small()):
+        model = behind(attack, inner)
+        y = decided(model, x)
         result = attack(model, x, y)
         assert result.x_adv.isfinite().all()
         assert_honest(attack, model, result, x, y)
-        assert not isinstance(model, Flat) or not result.success.any()
+        assert not isinstance(inner, Flat) or not result.success.any()
 
 
 @every
 def test_targets(name: str) -> None:
-    model, x, y = problem(8)
+    model, x, y = problem(name, 8)
     attack = attack_of(name)
     target = (y + 1) % 4
     result = attack(model, x, y, target)
@@ -250,8 +255,8 @@ def test_targets(name: str) -> None:
 
 @every
 def test_too_little_access_is_refused(name: str) -> None:
-    inner, x, y = problem()
-    model = Counting(inner, x)
+    inner, x, y = problem(name)
+    model = counting(inner, x)
     attack = attack_of(name)
     for access in Access:
         if access < attack.access:
@@ -263,7 +268,7 @@ def test_too_little_access_is_refused(name: str) -> None:
 
 @every
 def test_the_model_is_left_alone(name: str) -> None:
-    model, x, y = problem()
+    model, x, y = problem(name)
     model.train()
     before = copy.deepcopy(model.state_dict())
     attack_of(name)(model, x, y)
@@ -274,7 +279,7 @@ def test_the_model_is_left_alone(name: str) -> None:
 
 @every
 def test_a_radius_of_zero_breaks_nothing_that_was_right(name: str) -> None:
-    model, x, y = problem()
+    model, x, y = problem(name)
     attack = attack_of(name)
     zero = attack.with_threat(dataclasses.replace(attack.threat, eps=0, levels=None))
     result = zero(QueryOracle(model, 5, budget=100), x, y)
@@ -289,7 +294,7 @@ def test_a_radius_of_zero_breaks_nothing_that_was_right(name: str) -> None:
 @every
 @pytest.mark.parametrize("stop_at_hit", [True, False])
 def test_the_caller_is_told_of_each_row_once(name: str, stop_at_hit: bool) -> None:
-    model, x, y = problem(9)
+    model, x, y = problem(name, 9)
     attack = attack_of(name)
     if isinstance(attack, IterativeAttack):
         attack.stop_at_hit = stop_at_hit
@@ -303,7 +308,7 @@ def test_the_caller_is_told_of_each_row_once(name: str, stop_at_hit: bool) -> No
 
 @every
 def test_running_on_after_a_hit_changes_no_first_hit(name: str) -> None:
-    model, x, y = problem(9)
+    model, x, y = problem(name, 9)
     attack = attack_of(name)
     if not isinstance(attack, IterativeAttack):
         pytest.skip("it ends at its first hit")
@@ -319,14 +324,14 @@ def test_running_on_after_a_hit_changes_no_first_hit(name: str) -> None:
 
 @every
 def test_no_images(name: str) -> None:
-    model, x, y = problem()
+    model, x, y = problem(name)
     result = attack_of(name)(model, x[:0], y[:0])
     assert len(result) == 0
 
 
 @every
 def test_perturb_stays_in_the_ball(name: str) -> None:
-    model, x, y = problem()
+    model, x, y = problem(name)
     attack = attack_of(name)
     if not isinstance(attack, IterativeAttack):
         pytest.skip("several attacks have no one last point")

@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.nets import Noisy
 from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_adv.attacks import PGD
 from lit_adv.datamodules import Batch, Digits
+from lit_adv.draws import Draws
 from lit_adv.models import DigitsNet
 from lit_adv.objectives import TRADES, Madry, Objective, Standard
 from lit_adv.tasks import Checkpoint, Classification
+from lit_adv.tasks.classification import CLEAN
 from lit_adv.tasks.task import MeanPerImage
 from lit_adv.threat import ThreatModel
 
@@ -68,6 +71,34 @@ def test_validation_and_test_metrics_are_those_of_a_plain_loop(task: Classificat
     assert measured["val/accuracy"].item() == pytest.approx(accuracy(task, data.val_dataloader()))
     (tested,) = trainer.test(task, data, verbose=False)
     assert tested["test/accuracy"] == pytest.approx(accuracy(task.eval(), data.test_dataloader()))
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_a_random_defence_has_one_clean_figure_whatever_the_batch_size(inference_mode: bool) -> None:
+    found = []
+    for batch_size in (130, 50, 7):
+        torch.manual_seed(batch_size)
+        data = Digits(batch_size=batch_size, max_train=280, max_test=130)
+        torch.manual_seed(0)
+        task = Classification(Noisy(DigitsNet(filters=(4, 8), hidden=16), 10, 0.5))
+        torch.manual_seed(batch_size)
+        trainer = Trainer(max_epochs=1, **{**QUIET, "inference_mode": inference_mode})
+        found.append({**trainer.validate(task, data, verbose=False)[0], **trainer.test(task, data, verbose=False)[0]})
+    assert set(found[0]) == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+    # by hand: each image's noise follows from its place in the data set, and differs from image to image
+    batch = data.dataset("test").__getitems__(range(130))
+    model = task.model.eval()
+    assert isinstance(model, Noisy)
+    loss, noise = 0.0, []
+    for image, label, index in zip(*batch, strict=True):
+        alone = Draws(0, index[None], torch.zeros(1, dtype=torch.int64), CLEAN)
+        noise.append(alone.normal(1, 8, 8)[0])
+        with torch.no_grad():
+            loss += float(nn.functional.cross_entropy(model.model(image[None] + 0.5 * noise[-1]), label[None])) / 130
+    assert found[0]["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert len(torch.stack(noise)[:, 0, 0, 0].unique()) > 120
 
 
 def test_training_metrics_are_means_over_images_not_over_batches(data: Digits) -> None:

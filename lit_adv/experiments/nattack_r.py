@@ -1,0 +1,395 @@
+"""NAttack with and without the regression network that says where to begin (Li et al. 2019, table 4).
+
+    python -m lit_adv.experiments.nattack_r --checkpoint checkpoints/therm.ckpt --images 200 --pairs 1000
+
+Four parts, each of which goes on where it was broken off: NAttack breaks training images and its means are kept; a
+network S is trained to answer them; a factor of its answers is chosen on further training images; test images are
+attacked from S and from noise of three sizes, with equal seeds and population. One table and one figure are written.
+The first part can be shared: with ``--only_pairs`` and RANK and WORLD_SIZE set each process makes its share.
+
+The goal is that the mean of the queries to success falls by a fifth against the usual start, init_std 0.001, over the
+images that both break. Departures from the paper: its S is a segmentation network and its target Inception V3 behind
+random resizing; the mean is tested at every step by default (the release: every tenth), one query each, so that
+queries can be told apart; pairs are made with antithetic populations and a larger step than the attack's, for S learns
+their mean and not their noise; and S is tried with a factor as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_adv.archive import configuration, weights_hash
+from lit_adv.attacks import NAttack
+from lit_adv.cli import keep_memory
+from lit_adv.datamodules import CIFAR10, MNIST, CIFAR10Jpeg, Digits, ImageDataModule, PerturbationPairs
+from lit_adv.datamodules.pairs import NOTE, TARGET_SCALE
+from lit_adv.experiments.page import Curve, Page, figure
+from lit_adv.experiments.trained import trained
+from lit_adv.metrics import Records, queries_curve, wilson
+from lit_adv.oracle import QueryOracle
+from lit_adv.pairs import Made, make_pairs
+from lit_adv.protocol import Protocol
+from lit_adv.tasks import Checkpoint
+from lit_adv.threat import ThreatModel
+from lit_adv.trial import Trial
+from lit_adv.verify import correct
+
+DATA: dict[str, tuple[Callable[..., ImageDataModule], str]] = {
+    "mnist": (MNIST, "nattack_r_mnist"),
+    "digits": (Digits, "nattack_r_mnist"),
+    "cifar10": (CIFAR10, "nattack_r_cifar10"),
+    "cifar10_jpeg": (CIFAR10Jpeg, "nattack_r_cifar10"),
+}  # by name, the data and the training of S
+FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0)
+STARTS = (0.001, 0.1, 1.0)
+USUAL = "init_std 0.001"
+FALL, LEAST = 0.2, 200
+"""The goal: so much fewer queries, over so many images at least."""
+
+HEADS = (
+    "start", "images", "success", "95 % interval", "mean queries to success", "median", "mean iterations", "median",
+    "processor s an image", "both break", "queries / usual start's", "95 % interval", "p (Wilcoxon)",
+)  # fmt: skip
+PAPER = (
+    ("paper: NATTACK, Randomization, ImageNet, N 40", "100", "82 %", "70.77 (seconds)"),
+    ("paper: NATTACK-R, the same", "100", "91.9 %", "48.22 (seconds)"),
+    ("paper: BPDA, the same", "100", "", "3.51 (seconds)"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one start led to: the records of its images, and own processor seconds, None where resumed."""
+
+    name: str
+    records: Records
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Queries to success of two starts over the images that both break.
+
+    Args:
+        n: such images. ratio: of the means, with a bootstrap interval. p: of Wilcoxon's signed-rank test, None where
+            all are equal or there are none.
+    """
+
+    n: int
+    ratio: float
+    low: float
+    high: float
+    p: float | None
+
+
+class Experiment:
+    """The four parts, with what they share.
+
+    Args:
+        given: the command line.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.folder = given, Path(given.folder)
+        rank = int(os.environ.get("RANK", 0))
+        gpus = torch.cuda.device_count()
+        self.device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+        self.model = Checkpoint(given.checkpoint).to(self.device)
+        make, self.training = DATA[given.data]
+        self.data = make(batch_size=64, max_test=given.images)
+        self.attack = partial(
+            NAttack, ThreatModel("linf", given.eps), step_size=given.step_size, samples=given.samples,
+            steps=-(-given.budget // given.samples), shrink=given.shrink, schedule=given.schedule,
+            check_every=given.check_every, init_std=STARTS[0],
+        )  # fmt: skip
+        # of this number alone, so that none of the images on which the factor is chosen are among them
+        self.pair_folder = self.folder / f"pairs_{given.pairs}"
+
+    def pairs(self) -> Made:
+        """Attack training images and keep the means."""
+        given = self.given
+        attack = self.attack(
+            samples=given.pair_samples, step_size=given.pair_step_size, antithetic=True, init_std=0.0, schedule="mean",
+            check_every=1, steps=given.pair_steps,
+        )  # fmt: skip
+        return make_pairs(attack, self.model, self.data, self.pair_folder, given.pairs, progress=True)
+
+    def regression(self) -> nn.Module:
+        """The network S, trained if it is missing."""
+        given = self.given
+        made_with = hashlib.sha256((self.pair_folder / NOTE).read_bytes()).hexdigest()[:6]
+        name = f"nattack_r_{Path(given.checkpoint).stem}_{given.pairs}_{made_with}"
+        flags = [f"--data.folder={self.pair_folder}", f"--data.target={given.target}", f"--epochs={given.epochs}"]
+        path = trained(name, self.training, *flags, *(given.train or ()), folder=Path(given.checkpoints))
+        return Checkpoint(path).to(self.device)
+
+    def errors(self, network: nn.Module) -> tuple[float, float, int]:
+        """Mean squared errors of S and of the answer 0 on the pairs held out, and their number."""
+        pairs = PerturbationPairs(self.pair_folder, target=self.given.target).dataset("val").pairs
+        with torch.no_grad():
+            parts = [network(part.to(self.device)).cpu() for part in torch.split(pairs.image, 64)]
+        answer = torch.cat(parts) if parts else pairs.target
+        errors = [(value - pairs.target).double().square().mean().item() for value in (answer, 0 * answer)]
+        return errors[0], errors[1], len(pairs.label)
+
+    def started(self, network: nn.Module, factor: float) -> NAttack:
+        """NAttack from S, its answers times a factor, and the factor of the targets taken back."""
+        return self.attack(initial=network, initial_scale=factor / TARGET_SCALE)
+
+    def costs(self, network: nn.Module) -> dict[float, float]:
+        """By factor of S, the mean queries of training images that are not among the pairs, failures with all theirs.
+
+        Kept in a file: what was measured with the same network, attack and images is not measured again.
+        """
+        given, path = self.given, self.folder / "factors.json"
+        dataset = self.data.dataset("train")
+        places = range(given.pairs, min(given.pairs + given.factor_images, len(dataset)))
+        if not places:
+            raise ValueError(
+                f"pairs must leave some of the {len(dataset)} training images to choose the factor on, got "
+                f"{given.pairs}: lower --pairs"
+            )
+        x, y, index = (part.to(self.device) for part in dataset.__getitems__(places))
+        right = correct(self.model, x, y, index=index)
+        x, y, index = x[right], y[right], index[right]
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        costs = {}
+        for factor in given.factors:
+            attack = self.started(network, factor)
+            known_by = [configuration(attack), weights_hash(network), weights_hash(self.model), index.tolist()]
+            key = hashlib.sha256(json.dumps([known_by, given.budget], sort_keys=True).encode()).hexdigest()[:16]
+            if key not in kept:
+                oracle = QueryOracle(
+                    self.model, len(x), attack.access, given.budget, index=index, seed=attack.seed, known_right=True
+                )
+                result = attack(oracle, x, y, index=index)
+                spent = torch.where(result.success, result.first_hit, result.queries)
+                kept[key] = spent.double().mean().item()
+                _keep(path, kept)
+            costs[factor] = kept[key]
+        return costs
+
+    def evaluated(self, name: str, attack: NAttack) -> Found:
+        """Attack the test images from one start."""
+        folder, clock = self.folder / "attacks", self.folder / "seconds.json"
+        protocol = Protocol(name=_slug(name), attack=attack, budget=self.given.budget, max_samples=self.given.images)
+        seconds = json.loads(clock.read_text()) if clock.is_file() else {}
+        begun = time.process_time()
+        trial = Trial(protocol, self.model, f"{self.data.name}/test", self.data.num_classes, folder, progress=True)
+        assert trial._archive is not None
+        key, resumed = str(trial._archive.folder.name), bool(trial._known)
+        for batch in self.data.test_dataloader():
+            trial.add(type(batch)(*(part.to(self.device) for part in batch)))
+            if trial.full:
+                break
+        records = trial.close().unique()
+        if not resumed:  # of a run that was broken off the time is not known
+            seconds[key] = time.process_time() - begun
+            _keep(clock, seconds)
+        return Found(name, records, seconds.get(key))
+
+    def run(self) -> Page:
+        """All four parts; the table."""
+        made = self.pairs()
+        print(made)
+        if made.missing:
+            raise ValueError(f"{made}: wait for the other processes, or start again without RANK and WORLD_SIZE")
+        network = self.regression()
+        costs = self.costs(network)
+        best = min(costs, key=lambda factor: costs[factor])
+        starts = {"S": self.started(network, 1.0)}
+        if best != 1.0:
+            starts[f"S times {best:g}"] = self.started(network, best)
+        starts |= {f"init_std {std:g}": self.attack(init_std=std) for std in STARTS}
+        found = [self.evaluated(name, attack) for name, attack in starts.items()]
+        remarks = [*self.remarks(made, costs, *self.errors(network)), *goals(found)]
+        page = Page("NAttack-R", self.settings(), HEADS, rows(found), remarks)
+        page.write(self.folder, "nattack_r")
+        curves = []
+        for result in found:
+            x, y = queries_curve(result.records)
+            curves.append(Curve(result.name, [max(1, value) for value in x.tolist()], y.tolist()))
+        figure(self.folder / "nattack_r.png", curves, "queries", "success", "NAttack-R", log=True)
+        return page
+
+    def settings(self) -> dict[str, object]:
+        """What the figures depend on."""
+        given = self.given
+        attack = self.attack()
+        return {
+            "network": f"{given.checkpoint} ({weights_hash(self.model)[:8]})",
+            "data": f"{self.data.name}, first {given.images} test images",
+            "threat": f"linf {attack.threat.radius:g}",
+            "N": given.samples,
+            "eta": given.step_size,
+            "sigma": attack.sigma,
+            "shrink": given.shrink,
+            "schedule": given.schedule,
+            "check_every": given.check_every,
+            "budget": given.budget,
+            "seed": attack.seed,
+            "pairs from": f"{given.pairs} training images (N {given.pair_samples}, eta {given.pair_step_size})",
+            "target": given.target,
+            "epochs": given.epochs,
+            "device": f"{self.device.type}, {torch.get_num_threads()} threads",
+        }
+
+    def remarks(self, made: Made, costs: Mapping[float, float], error: float, zero: float, count: int) -> list[str]:
+        """What is to be known of S."""
+        told = ", ".join(f"{factor:g}: {cost:,.0f}" for factor, cost in costs.items())
+        verdict = "S has learnt something" if error < zero else "S has learnt NOTHING"
+        return [
+            f"{made}",
+            f"validation error of S {error:.4g}, of the answer 0 {zero:.4g}, on {count} pairs held out: {verdict}",
+            f"mean queries by factor of S, failures with all theirs, on {self.given.factor_images} further training "
+            f"images, where the factor was chosen: {told}",
+            "queries to success count the tests of the mean; both break: images of the paired comparison with "
+            f"{USUAL}; the interval of the ratio of means is a bootstrap over images, 10,000 draws",
+            "processor seconds: of this process, all test images, those wrong at first included; empty where a run "
+            "was broken off",
+            "the paper's rows: its table 4, seconds an image on four TITAN Xp",
+        ]
+
+
+def rows(found: Sequence[Found]) -> list[list[str]]:
+    """The table's rows, and the paper's."""
+    usual = next(result for result in found if result.name == USUAL)
+    table = []
+    for result in found:
+        attacked = result.records[result.records.clean_correct]
+        broken = attacked[attacked.verified]
+        rate = wilson(len(broken), len(attacked))
+        cells = [
+            result.name,
+            f"{len(attacked)}",
+            f"{100 * len(broken) / len(attacked):.1f} %" if len(attacked) else "",
+            "" if rate is None else f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
+            *(_middle(broken.first_hit, 0) + _middle(broken.iterations, 1)),
+            "" if result.seconds is None else f"{result.seconds / max(1, len(result.records)):.3f}",
+        ]
+        told = compared(result.records, usual.records) if result is not usual else None
+        table.append(cells + (["", "", "", ""] if told is None else _told(told)))
+    for name, images, success, seconds in PAPER:
+        table.append([name, images, success, "", "", "", "", "", seconds, "", "", "", ""])
+    return table
+
+
+def compared(ours: Records, usual: Records, draws: int = 10_000, seed: int = 0) -> Comparison | None:
+    """Queries to success over the images that both break; None where there are none."""
+    from scipy.stats import wilcoxon
+
+    mine, theirs = ({int(i): int(q) for i, q in _hits(records)} for records in (ours, usual))
+    both = sorted(mine.keys() & theirs.keys())
+    if not both:
+        return None
+    a, b = (np.array([hits[index] for index in both], dtype=np.float64) for hits in (mine, theirs))
+    chosen = np.random.default_rng(seed).integers(len(both), size=(draws, len(both)))
+    ratios = a[chosen].mean(1) / b[chosen].mean(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    p = None if (a == b).all() else float(wilcoxon(a, b, method="asymptotic").pvalue)
+    return Comparison(len(both), float(a.mean() / b.mean()), float(low), float(high), p)
+
+
+def goals(found: Sequence[Found]) -> list[str]:
+    """Whether each start from S reaches the goal."""
+    usual = next(result for result in found if result.name == USUAL)
+    told = []
+    for result in found:
+        if not result.name.startswith("S"):
+            continue
+        pair = compared(result.records, usual.records)
+        if pair is None:
+            told.append(f"goal, {result.name}: no image that both starts break")
+            continue
+        few = f"; not judged, for fewer than {LEAST} images say little" if pair.n < LEAST else ""
+        verdict = few or (": met" if pair.ratio <= 1 - FALL else ": MISSED")
+        told.append(
+            f"goal, {result.name}: mean queries to success lower by {100 * FALL:.0f} % or more; they are "
+            f"{100 * (pair.ratio - 1):+.1f} % (n {pair.n}){verdict}"
+        )
+    return told
+
+
+def _hits(records: Records) -> list[tuple[int, int]]:
+    broken = records[records.clean_correct & records.verified]
+    return list(zip(broken.index.tolist(), broken.first_hit.tolist(), strict=True))
+
+
+def _middle(values: torch.Tensor, digits: int) -> list[str]:
+    if not len(values):
+        return ["", ""]
+    return [f"{values.double().mean():,.{digits}f}", f"{values.double().quantile(0.5):,.0f}"]
+
+
+def _told(pair: Comparison) -> list[str]:
+    p = "" if pair.p is None else f"{pair.p:.2g}"
+    return [f"{pair.n}", f"{pair.ratio:.3f}", f"{pair.low:.3f} to {pair.high:.3f}", p]
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "_")
+
+
+def _keep(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    os.replace(part, path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="NAttack with and without the network that says where to begin.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="network or defence to attack")
+    add("--data", choices=tuple(DATA), default="mnist")
+    add("--images", type=int, default=200, help="test images, those wrong at first included")
+    add("--pairs", type=int, default=1000, help="training images to make pairs of")
+    add("--eps", default="0.3", help="radius in linf, e.g. 0.3 or 8/255")
+    add("--samples", type=int, default=40, help="N of the attack")
+    add("--step_size", type=float, default=0.05, help="eta of the attack")
+    add("--shrink", type=float, default=0.1, help="of arctanh space")
+    add("--schedule", choices=("mean", "samples"), default="mean", help="mean: the paper's and the release's")
+    add("--check_every", type=int, default=1, help="steps between tests of the mean; the release's: 10")
+    add("--budget", type=int, default=20_000, help="queries per image")
+    add("--pair_samples", type=int, default=100, help="N of the attack that makes pairs")
+    add("--pair_step_size", type=float, default=0.1, help="its eta")
+    add("--pair_steps", type=int, default=200, help="its steps")
+    add("--target", choices=("phi", "image"), default="phi", help="what S learns, see PerturbationPairs")
+    add("--epochs", type=int, default=40, help="of training S")
+    add("--train", action="append", help="a further flag of train.py, e.g. --train=--trainer.accelerator=cpu")
+    add("--factors", type=float, nargs="+", default=list(FACTORS), help="factors of S's answers to try")
+    add("--factor_images", type=int, default=50, help="training images to choose it on, none of them among the pairs")
+    add("--only_pairs", action="store_true", help="make this process's share of the pairs and stop")
+    add("--checkpoints", type=Path, default=Path("checkpoints"), help="where S is kept")
+    add("--folder", type=Path, default=None, help="of pairs, records and table; default runs/nattack_r/NETWORK")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the experiment."""
+    given = _parser().parse_args(arguments)
+    keep_memory()
+    if given.folder is None:
+        given.folder = Path("runs/nattack_r") / Path(given.checkpoint).stem
+    experiment = Experiment(given)
+    if given.only_pairs:
+        print(experiment.pairs())
+        return
+    print(experiment.run())
+    print(experiment.folder / "nattack_r.md")
+
+
+if __name__ == "__main__":
+    main()

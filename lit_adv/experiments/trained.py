@@ -1,0 +1,71 @@
+"""Checkpoints that experiments need: trained if they are missing, gone on with if they were broken off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_adv.cli import train_main
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = Path("checkpoints")
+
+
+def trained(name: str, config: str, *overrides: str, folder: Path = CHECKPOINTS) -> Path:
+    """The checkpoint of a configuration, trained first if it is missing.
+
+    The configuration and overrides a checkpoint was trained with lie beside it; one of other settings is refused, for
+    a table over mixed settings would say nothing. A file of which nothing is known was put there by hand and is taken.
+
+    Args:
+        name: of the checkpoint, and of the run.
+        config: file in ``configs/train`` without its ending.
+        overrides: flags of ``train.py``, e.g. "--epochs=2"; those of the trainer say how, not what, and are not noted.
+
+    Raises:
+        FileNotFoundError: there is no such configuration. ValueError: the checkpoint was trained with other settings.
+    """
+    target, note = folder / f"{name}.ckpt", folder / f"{name}.json"
+    wanted: dict[str, Any] = {"config": config, "overrides": _noted(overrides)}
+    if target.exists():
+        known = json.loads(note.read_text()) if note.is_file() else wanted
+        if known != wanted:
+            raise ValueError(
+                f"{target} was trained with {known['config']} {' '.join(known['overrides'])}, and wanted is {config} "
+                f"{' '.join(wanted['overrides'])}: move it away, or choose another folder"
+            )
+        return target
+    begun = time.perf_counter()
+    train_main(command(name, config, target, *overrides))
+    part = note.with_suffix(".json.part")
+    part.write_text(json.dumps(wanted) + "\n")
+    os.replace(part, note)
+    print(f"{target} after {(time.perf_counter() - begun) / 60:.1f} minutes", flush=True)
+    return target
+
+
+def command(name: str, config: str, target: Path, *overrides: str) -> list[str]:
+    """Arguments of ``train.py`` that train a checkpoint, or go on with it.
+
+    Raises:
+        FileNotFoundError: there is no such configuration.
+    """
+    path = ROOT / "configs" / "train" / f"{config}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"there is no training {config!r} in {path.parent}: choose one of {known}")
+    what = _noted(overrides)
+    run = f"{name}_{hashlib.sha256(json.dumps([config, *what]).encode()).hexdigest()[:8]}" if what else name
+    words = ["fit", "--config", str(path), *overrides, "--name", run, "--save_as", str(target)]
+    states = sorted(Path("runs", run).glob("version_*/checkpoints/last.ckpt"), key=lambda state: state.stat().st_mtime)
+    return [*words, "--ckpt_path", str(states[-1])] if states else words
+
+
+def _noted(overrides: Sequence[str]) -> list[str]:
+    """What decides the trained weights: not on which device, nor in which precision."""
+    return [flag for flag in overrides if not flag.startswith("--trainer.")]
