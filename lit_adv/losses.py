@@ -30,6 +30,36 @@ def is_adversarial(label: Tensor, y: Tensor, target: Tensor | None = None, rejec
     return won if reject is None else won & (label != reject)
 
 
+def adversarial_samples(
+    answer: Tensor,
+    y: Tensor,
+    target: Tensor | None,
+    reject: int | None = None,
+    confidence: float = 0.0,
+    averaged: bool = False,
+) -> Tensor | None:
+    """Which of the samples asked about are adversarial, (n, s) bool; None where none is, which is seen at once.
+
+    Args:
+        answer: scores (n, [s,] K) or labels (n, [s]); NaN and -1 say nothing.
+        confidence: least margin of the scores.
+        averaged: the samples are draws of one image, which is judged by their mean probabilities; it counts as the
+            last of them.
+    """
+    scored = answer.is_floating_point()
+    if scored and averaged and answer.dim() == 3 and answer.shape[1] > 1:
+        mean = answer.log_softmax(-1).logsumexp(1)  # NaN if a draw could not be paid: then nothing is known
+        last = adversarial_samples(mean, y, target, reject, confidence)
+        return None if last is None else torch.cat([last.new_zeros(len(last), answer.shape[1] - 1), last], 1)
+    hit = is_adversarial(answer.argmax(-1) if scored else answer, y, target, reject)
+    if not hit.any():
+        return None
+    hit = hit & (~answer.isnan().any(-1) if scored else answer >= 0)
+    if scored and confidence > 0 and hit.any():
+        hit &= margin(answer, y, target, reject) >= confidence
+    return hit.view(len(hit), -1) if hit.any() else None
+
+
 def cross_entropy(scores: Tensor, y: Tensor, target: Tensor | None = None, reject: int | None = None) -> Tensor:
     """Cross-entropy of the true class, or minus that of the target; a refusal counts as the true class.
 

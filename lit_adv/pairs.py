@@ -1,7 +1,8 @@
 """Pairs of image and perturbation for NAttack's regression network: NAttack run over training images.
 
-    python -m lit_adv.pairs --model lit_adv.tasks.Checkpoint --model.path checkpoints/model_a.ckpt --data MNIST \
-        --attack.steps 200 --attack.samples 100 --attack.schedule mean --images 1000 --folder runs/pairs
+    python -m lit_adv.pairs --model lit_adv.tasks.Checkpoint --model.path checkpoints/therm.ckpt --data MNIST \
+        --attack.threat.norm linf --attack.threat.eps 0.3 --attack.shrink 0.1 --attack.steps 200 --attack.samples 100 \
+        --attack.step_size 0.1 --attack.schedule mean --attack.check_every 1 --images 1000 --folder runs/pairs
 
 Images of the training split alone, never of a test set; broken off, the same command goes on where it stopped. With
 RANK and WORLD_SIZE set each process makes its share, and the pairs are the same as those of one process.
@@ -80,7 +81,8 @@ def make_pairs(
 
     The images are taken in the order of the data module's training split, in pools of a fixed size that are attacked
     and stored one by one: a pool is there as a whole or not at all, so a run that was broken off, and any number of
-    processes, make the same pairs. The attack's success is the search's own; no second look is taken.
+    processes, make the same pairs. The attack's success is the search's own; no second look is
+    taken, beyond the confirmation of hits on random models.
 
     Args:
         attack: NAttack with ``schedule="mean"``, whose mean renders the very image that was adversarial.
@@ -105,6 +107,7 @@ def make_pairs(
     world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
     _check(attack, images, first, pool, rank, world)
     model = model if device is None else model.to(device)
+    data.prepare_data()
     dataset = copy.copy(data.dataset("train"))  # never a test image
     dataset.transform = None
     places = torch.arange(len(dataset))[first : first + images]
@@ -178,7 +181,7 @@ def identity(
 def counted(folder: Path, images: int, pools: int) -> Made:
     """How many of the images tried so far, in the first pools of a folder, became what."""
     fates = [shard["fate"] for number, shard in shards_of(folder) if number < pools]
-    fate = torch.cat(fates) if fates else torch.zeros(0, dtype=torch.int64)
+    fate = torch.cat(fates)[:images] if fates else torch.zeros(0, dtype=torch.int64)
     kept, wrong, unbroken, at_once = (int((fate == kind).sum()) for kind in Fate)
     return Made(len(fate), kept, wrong, unbroken, at_once, max(0, images - len(fate)))
 
@@ -232,7 +235,10 @@ def main() -> None:
     """Make pairs from the command line."""
     from jsonargparse import auto_cli
 
-    print(auto_cli(make_pairs, as_positional=False))
+    try:
+        print(auto_cli(make_pairs, as_positional=False))
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_adv.draws import Draws
-from lit_adv.losses import is_adversarial, margin
+from lit_adv.losses import adversarial_samples, is_adversarial
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.result import AttackResult
 from lit_adv.state import Rules, State
@@ -142,7 +142,9 @@ class Search:
         elif check:
             self.checks[state.rows] += self.oracle.queries[state.rows] - before
         if candidate:
-            hit = self._hits(answer.detach(), state)
+            alike = x.dim() == 5 and x.stride(1) == 0  # draws of one image
+            rule = (state.y, state.target, self.reject, self.attack.confidence)
+            hit = adversarial_samples(answer.detach(), *rule, averaged=alike and self.oracle.stochastic)
             if hit is not None:  # seldom: what follows is only done then
                 order = torch.arange(1, hit.shape[1] + 1, device=x.device).expand(hit.shape)
                 spent = before[:, None] + each * (order if paid is None else paid.cumsum(1))
@@ -205,18 +207,6 @@ class Search:
                     f"{name} holds class {int(value.max())}, but the model knows classes 0 to {classes - 1}"
                 )
         return answer
-
-    def _hits(self, answer: Tensor, state: State) -> Tensor | None:
-        """Which candidates are adversarial, (n, s) bool, from scores (n, [s,] K) or labels (n, [s]); None for none."""
-        scored = answer.is_floating_point()
-        labels = answer.argmax(-1) if scored else answer
-        hit = is_adversarial(labels, state.y, state.target, self.reject)
-        if not hit.any():
-            return None
-        hit = hit & (~answer.isnan().any(-1) if scored else answer >= 0)
-        if scored and self.attack.confidence > 0 and hit.any():
-            hit &= margin(answer, state.y, state.target, self.reject) >= self.attack.confidence
-        return hit.view(len(hit), -1) if hit.any() else None
 
     def _keep(self, x: Tensor, hit: Tensor, state: State, spent: Tensor, asked: Tensor | None) -> None:
         """Keep the first (or nearest) adversarial candidate of each row.

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_adv.losses import Loss, cross_entropy, dlr, hinge, is_adversarial, margin, margin_to, probability, rival
+from lit_adv.losses import (
+    Loss,
+    adversarial_samples,
+    cross_entropy,
+    dlr,
+    hinge,
+    is_adversarial,
+    margin,
+    margin_to,
+    probability,
+    rival,
+)
 
 LOSSES: list[Loss] = [cross_entropy, margin, hinge, dlr]
 
@@ -179,3 +190,26 @@ def test_a_margin_to_the_rival_is_the_margin_at_the_point_itself() -> None:
             assert bool((best != (y if target is None else target)).all())
     samples = torch.stack([scores, scores.flip(1)], 1)
     assert margin_to(rival(scores, y), samples, y).shape == (20, 2)
+
+
+def test_draws_of_one_image_are_judged_by_their_mean_probabilities() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = 3 * torch.randn(400, 5, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(4, (400,), generator=generator)
+    by_hand = scores.exp().div(scores.exp().sum(-1, keepdim=True)).mean(1).argmax(1) != y
+    single = adversarial_samples(scores, y, None)
+    assert single is not None
+    assert torch.equal(single, scores.argmax(-1) != y[:, None])
+    averaged = adversarial_samples(scores, y, None, averaged=True)
+    assert averaged is not None
+    assert torch.equal(averaged[:, -1], by_hand)
+    assert not averaged[:, :-1].any()
+    assert int((single.any(1) & ~by_hand).sum()) > 0  # one wrong draw alone is no hit
+    assert adversarial_samples(torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([0]), None, averaged=True) is None
+    split = torch.tensor([[[0.51, 0.49, 1e-9], [1e-9, 0.49, 0.51]]]).log()  # each draw errs elsewhere
+    aimed = adversarial_samples(split, torch.tensor([0]), torch.tensor([1]), averaged=True)
+    assert aimed is not None
+    assert aimed.tolist() == [[False, True]]
+    lost = scores[:1].clone()
+    lost[0, 2] = torch.nan
+    assert adversarial_samples(lost, y[:1], None, averaged=True) is None

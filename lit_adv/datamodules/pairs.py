@@ -64,7 +64,7 @@ class PerturbationPairs(LightningDataModule):
     """Pairs that :func:`lit_adv.pairs.make_pairs` has made from training images.
 
     There is no test set: no evaluation image is ever among the pairs. Some are held out for validation, by a
-    permutation of the images' places that ``seed`` fixes, whatever the number of pairs that were made.
+    permutation of the pairs that ``seed`` fixes; with more pairs others are held out, so a network is trained anew.
 
     Args:
         folder: where the pairs lie.
@@ -146,7 +146,10 @@ class PerturbationPairs(LightningDataModule):
         columns = {name: value[kept] for name, value in columns.items()}
         target = columns["phi"]
         if self.target == "image":
-            target = arctanh_way(columns["image"], columns["x_adv"], float(note["shrink"]), note["box"])
+            if note.get("attack", {}).get("init_args", {}).get("space") == "pixel":
+                target = columns["x_adv"] - columns["image"]
+            else:
+                target = arctanh_way(columns["image"], columns["x_adv"], float(note["shrink"]), note["box"])
         target = target.float() * self.target_scale
         if not target.isfinite().all():
             raise ValueError(f"the targets in {self.folder} hold NaN or inf: make the pairs again, in another folder")
@@ -173,7 +176,7 @@ def arctanh_way(image: Tensor, x_adv: Tensor, shrink: float, box: Sequence[float
 
 
 def read_pairs(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the pairs in a folder were made with, and their columns, sorted by place in the training data.
+    """What the pairs in a folder were made with, and their columns, in the order of the training split.
 
     Raises:
         FileNotFoundError: no pairs there. ValueError: the folder's note is damaged.
@@ -184,7 +187,7 @@ def read_pairs(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} holds no pairs (no file {NOTE}): make them by python -m lit_adv.pairs, or correct the path"
         )
     shards = [shard for _, shard in shards_of(folder)]
-    pairs = [{name: value for name, value in shard.items() if name not in ("tried", "fate")} for shard in shards]
+    pairs = [{name: shard[name] for name in TENSORS if name not in ("tried", "fate")} for shard in shards]
     if not sum(len(part["label"]) for part in pairs):
         raise FileNotFoundError(f"{folder} holds no pairs yet: let python -m lit_adv.pairs come to its end first")
     columns = {name: torch.cat([part[name] for part in pairs]) for name in pairs[0]}
@@ -216,7 +219,7 @@ def shards_of(folder: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
             shard, reason = {}, str(error)
         else:
             reason = "it lacks columns"
-        if shard.keys() < TENSORS:
+        if not shard.keys() >= TENSORS:
             warnings.warn(f"{path} is damaged and passed over ({reason}): it is made again next time", stacklevel=2)
             continue
         yield int(path.name.split(".")[1]), shard

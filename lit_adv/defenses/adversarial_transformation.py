@@ -35,7 +35,7 @@ class AdversarialTransformation(Defense):
     an evaluation as ``surrogate``:
 
     * by default the identity (BPDA-I, the paper's strongest): exact value, the gradient of f_a at g(x);
-    * ``unrolled``: plain autograd through all steps, which is the same, and shows it;
+    * ``unrolled``: plain autograd through all steps, which is the same (without ``box``), and shows it;
     * ``softsign``, ``tanh``: BPDA with a smooth sign and the smooth projection of equation (5), with second
       derivatives of f_b; ``softsign_scaled``, ``tanh_scaled``: their argument divided by the median of its size in
       each image, for a raw gradient is so small that a smooth sign of it is a straight line; ``softsign_literal``,
@@ -140,7 +140,7 @@ class AdversarialTransformation(Defense):
                 slope = self._slope(point, aim, pick, keep=True)  # the derivative of sign is 0
                 point = point - self._stride * self._direction(slope).detach()
                 point = torch.minimum(torch.maximum(point, x - self.delta), x + self.delta)
-                point = point.clamp(0, 1) if self.box else point
+                point = torch.minimum(torch.maximum(point, x.new_zeros(())), x.new_ones(())) if self.box else point
         return self._classified(point)
 
     def softsign(self, x: Tensor, draws: Draws | None = None) -> Tensor:

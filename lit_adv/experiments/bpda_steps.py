@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         print(" | ".join(rows[-1]), flush=True)
     page = Page(
         "BPDA against the number of steps of g (figure 5)",
-        bench.settings(defence, BPDA=bench.white_box, N="retrained for each", temperature="1; scaled: median"),
+        bench.settings(defence, BPDA=bench.white_box, N="retrained for each", temperature="1; scaled: median")
+        | {"draws by which an image is judged": 1},
         HEADS,
         rows,
         NOTES,

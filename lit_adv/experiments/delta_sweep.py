@@ -86,7 +86,8 @@ NOTES = (
     "Paper (CIFAR-10, a figure without a table): robustness rises with Delta, standard accuracy falls, 0.2 is best, "
     "and BPDA-I and white-box transfer (WT) are alike; at 0.2 table 1 gives 82.9 clean and 80.5 under BPDA-I. Its "
     "figure cannot be read off as numbers.",
-    "Both attacks try every point they pass on the whole model; a hit counts if most of fresh draws agree.",
+    "BPDA-I tries a point again where the mean of its draws is wrong, white-box transfer where f_a alone is, both the "
+    "last one; the mean of 31 fresh answers must agree.",
     COUNTING,
     MASKING,
 )

@@ -89,7 +89,7 @@ def row(
 NOTES = (
     "Paper (CIFAR-10, a figure without a table): at Delta 0.1 more samples help the attacker up to about 100 and then "
     "level off, at 0.2 they do not help. Its figure cannot be read off as numbers.",
-    "f_b gradients per image: the price of an attack that runs to its end; an image that breaks ends earlier.",
+    "f_b gradients per image: the price of an attack, which runs to its end.",
     COUNTING,
     MASKING,
 )

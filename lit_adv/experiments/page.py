@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from lit_adv.archive import configuration
+from lit_adv.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Page:
         for path, content in files.items():
             _put(path, content.encode())
         return list(files)
+
+
+def told(protocol: Protocol) -> str:
+    """An attack with all its arguments, for a note."""
+    return f"{protocol.name}: {json.dumps(configuration(protocol.attack)['init_args'], sort_keys=True)}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ Trains the narrow Model A behind codes of 16 levels if the checkpoints ``therm``
 images, and on the images of LS-PGA at eps 0.3. Both are measured on the whole test set, then attacked at linf 0.3: PGD
 along the code's own gradient, which is 0; PGD through the ramps (BPDA), those of the paper and wider ones; LS-PGA;
 NAttack with 20,000 queries. Below stands the worst case image by image. The reports with the audit lie beside the
-table; broken off, the same command goes on where it stopped. A goal is met where an end of the Wilson interval does.
+table; broken off, the same command goes on where it stopped. A goal is met where the
+rate itself meets it.
 
 The paper's figures are of CIFAR-10 at linf 0.031 and a wide residual network: Li et al. 2019 (NATTACK), table 1.
 """
@@ -22,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lit_adv.archive import weights_hash
 from lit_adv.cli import keep_memory
 from lit_adv.datamodules import MNIST, Batch
 from lit_adv.evaluation import evaluate
 from lit_adv.experiments.catalogue import protocol_of
-from lit_adv.experiments.page import Curve, Page, figure
+from lit_adv.experiments.page import Curve, Page, figure, told
 from lit_adv.experiments.trained import trained
 from lit_adv.metrics import Records
 from lit_adv.metrics.summary import queries_curve, wilson, worst_case
@@ -108,12 +110,13 @@ def main() -> None:
         found = {outcome.name: outcome.records for outcome in report.outcomes}
         rows += [row(name, line, found[line.name]) for line in lines]
         rows.append(row(name, None, worst_case(list(found.values()))))
+        notes.append(f"{SHOWN[name]}: weights {weights_hash(model)[:8]}")
         notes += [f"audit: {warning}" for warning in report.warnings()]
         notes += [audit.summary for audit in report.audits]
         if "nattack" in found:
             x, y = queries_curve(found["nattack"])
             curves.append(Curve(SHOWN[name], x.tolist(), (100 * y).tolist()))
-    write(rows, notes, curves, given)
+    write(rows, [*notes, *(told(line.protocol(given.images, given.budget)) for line in lines)], curves, given)
 
 
 def attacked(name: str, model: nn.Module, data: MNIST, lines: Sequence[Line], given: argparse.Namespace) -> Report:
@@ -140,7 +143,7 @@ def clean_row(name: str, model: nn.Module, data: MNIST) -> list[str]:
     least, paper = CLEAN[name]
     ends = wilson(right, images)
     assert ends is not None
-    goal = f"at least {percent(least)}: {'met' if ends.high >= least else 'MISSED'}"
+    goal = f"at least {percent(least)}: {_verdict(right / images >= least, ends.high >= least)}"
     return [
         SHOWN[name],
         "none (whole test set)",
@@ -154,6 +157,10 @@ def clean_row(name: str, model: nn.Module, data: MNIST) -> list[str]:
     ]
 
 
+def _verdict(met: bool, near: bool) -> str:
+    return "met" if met else "missed, but the interval reaches it" if near else "MISSED"
+
+
 def row(name: str, line: Line | None, records: Records) -> list[str]:
     """A line of the table; None: the worst case."""
     attacked = records[records.clean_correct]
@@ -162,8 +169,9 @@ def row(name: str, line: Line | None, records: Records) -> list[str]:
     goal = ""
     least = None if line is None else (line.goals or {}).get(name)
     if least is not None and ends is not None:
-        met = ends.high >= least if least else ends.low <= 0.05
-        goal = f"{'at least ' + percent(least) if least else 'near 0'}: {'met' if met else 'MISSED'}"
+        rate = len(broken) / len(attacked)
+        met, near = (rate >= least, ends.high >= least) if least else (rate <= 0.05, ends.low <= 0.05)
+        goal = f"{'at least ' + percent(least) if least else 'at most 5'}: {_verdict(met, near)}"
     return [
         SHOWN[name], "worst case per image" if line is None else line.name, f"{len(attacked)}",
         percent(len(broken) / len(attacked)) if len(attacked) else "", interval(ends), goal,

@@ -14,18 +14,21 @@ from lit_adv.cli import train_main
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = Path("checkpoints")
+HOW = ("accelerator", "devices", "precision", "strategy", "num_nodes", "enable_progress_bar", "enable_model_summary")
+"""Arguments of the trainer that say how, not what, is trained."""
 
 
 def trained(name: str, config: str, *overrides: str, folder: Path = CHECKPOINTS) -> Path:
     """The checkpoint of a configuration, trained first if it is missing.
 
-    The configuration and overrides a checkpoint was trained with lie beside it; one of other settings is refused, for
-    a table over mixed settings would say nothing. A file of which nothing is known was put there by hand and is taken.
+    The configuration and overrides a checkpoint was trained with lie beside it; one of another
+    configuration's name or other flags is refused, for a table over mixed settings would say nothing. What stands in
+    the files is not compared, and a checkpoint of which nothing is known was put there by hand and is taken.
 
     Args:
         name: of the checkpoint, and of the run.
         config: file in ``configs/train`` without its ending.
-        overrides: flags of ``train.py``, e.g. "--epochs=2"; those of the trainer say how, not what, and are not noted.
+        overrides: flags of ``train.py``, e.g. "--epochs=2"; those that say how, not what, are not noted (``HOW``).
 
     Raises:
         FileNotFoundError: there is no such configuration. ValueError: the checkpoint was trained with other settings.
@@ -60,12 +63,13 @@ def command(name: str, config: str, target: Path, *overrides: str) -> list[str]:
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"there is no training {config!r} in {path.parent}: choose one of {known}")
     what = _noted(overrides)
-    run = f"{name}_{hashlib.sha256(json.dumps([config, *what]).encode()).hexdigest()[:8]}" if what else name
+    special = what or config != name  # two configurations under one name must not go on from one another
+    run = f"{name}_{hashlib.sha256(json.dumps([config, *what]).encode()).hexdigest()[:8]}" if special else name
     words = ["fit", "--config", str(path), *overrides, "--name", run, "--save_as", str(target)]
     states = sorted(Path("runs", run).glob("version_*/checkpoints/last.ckpt"), key=lambda state: state.stat().st_mtime)
     return [*words, "--ckpt_path", str(states[-1])] if states else words
 
 
 def _noted(overrides: Sequence[str]) -> list[str]:
-    """What decides the trained weights: not on which device, nor in which precision."""
-    return [flag for flag in overrides if not flag.startswith("--trainer.")]
+    """What decides the trained weights: not on which device or in which precision, nor what is shown."""
+    return [flag for flag in overrides if not flag.startswith(tuple(f"--trainer.{name}" for name in HOW))]

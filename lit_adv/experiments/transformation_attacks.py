@@ -31,6 +31,7 @@ from lit_adv.evaluation import evaluate
 from lit_adv.experiments.page import Page
 from lit_adv.experiments.trained import CHECKPOINTS, trained
 from lit_adv.experiments.transformation_measures import SMOOTH, measures
+from lit_adv.fingerprint import digest
 from lit_adv.metrics import Records
 from lit_adv.metrics.summary import wilson
 from lit_adv.models import Composed
@@ -56,7 +57,9 @@ MASKING = (
 COUNTED = (
     "All images count, those wrong when clean as wrong. 'accuracy over draws': the mean and the standard deviation of "
     "the accuracy over fresh draws of g; 'majority right': more than half of an image's draws; 'every draw right': an "
-    "image is broken if any of its draws is wrong, as some are without any attack."
+    "image is broken if any of its draws is wrong, as some are without any attack. No attack counts as better than "
+    "none. Where images leave as soon as most draws are wrong, the draws that are still right raise the accuracy over "
+    "draws: compare by 'majority right'."
 )
 
 
@@ -116,7 +119,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--train", action="append", default=[], help="a further flag of every training, e.g. --train=--epochs=1")
     add("--device", default="cpu", help="where networks and images are")
     add("--threads", type=int, default=1, help="threads of the processor")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    for name in ("images", "query_images", "queries", "eot", "steps", "confirm", "query_confirm", "curve_steps"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
+    if given.draws < 2:
+        parser.error(f"--draws must be at least 2, for a mean and a majority, got {given.draws}")
+    return given
 
 
 def built(given: argparse.Namespace) -> dict[str, nn.Module]:
@@ -139,7 +148,11 @@ def built(given: argparse.Namespace) -> dict[str, nn.Module]:
         "model_b": make("model_b", "mnist_standard_b"),
         "model_a_narrow": make("model_a_narrow", "mnist_madry_narrow"),
     }
-    return {name: Checkpoint(path) for name, path in paths.items()}
+    networks = {name: Checkpoint(path) for name, path in paths.items()}
+    own, other = (cast(AdversarialTransformation, networks[name]).reference.state_dict() for name in ("f_a", "f_a_n2"))
+    if not torch.equal(digest(own, ()), digest(other, ())):
+        raise ValueError(f"{paths['f_a_n2']} was trained behind another f_b than {paths['f_a']}: move it away")
+    return networks
 
 
 def images_of(data: ImageDataModule, given: argparse.Namespace) -> Batch:
@@ -226,16 +239,21 @@ def measured(networks: Mapping[str, nn.Module], batch: Batch, train: Batch, give
     models = {DEFENCE: networks["f_a"], **{name: networks[name] for name in ("model_a", "model_a_narrow")}}
     only = given.only or [""]
     wanted = [line for line in lines(networks, given) if any(part in line.protocol.name for part in only)]
-    rows = [clean(name, model, batch, given) for name, model in models.items()]
+    if not wanted:
+        raise ValueError(f"--only {' '.join(only)}: no attack has such a name; leave it out for all of them")
+    without = {name: unattacked(model, batch, given) for name, model in models.items()}
+    rows = [clean_row(name, wrong[: given.images]) for name, wrong in without.items()]
     found: list[tuple[Line, Outcome]] = []
     for line in wanted:
         found.append((line, attacked(models[line.model], line, batch, given)))
-        rows.append(cells(*found[-1]))
+        rows.append(cells(*found[-1], without[line.model]))
         print(" | ".join(rows[-1]), flush=True)
     valid = [outcome.records for line, outcome in found if line.counts and line.model == DEFENCE]
     few = min(given.images, given.query_images)
     spans = sorted({few, given.images})
-    rows += [worst(valid, batch.index[:n].cpu(), given.eps, n > given.query_images) for n in spans]
+    if valid:
+        places = batch.index.cpu()
+        rows += [worst(valid, without[DEFENCE], places[:n], given.eps, n > given.query_images) for n in spans]
     notes = [
         MASKING,
         COUNTED,
@@ -256,14 +274,20 @@ def attacked(model: nn.Module, line: Line, batch: Batch, given: argparse.Namespa
         return trial.outcome(trial.close())
 
 
-def cells(line: Line, outcome: Outcome) -> list[str]:
-    """A line of the table."""
+def wrong_shares(records: Records, clean: Tensor) -> Tensor:
+    """Of each image the share of wrong draws, at least that without an attack, which an attacker need not make."""
+    found = torch.where(records.clean_correct, records.verified_mean, 1.0)
+    return torch.maximum(found, clean[: len(found)].to(found.dtype))
+
+
+def cells(line: Line, outcome: Outcome, clean: Tensor) -> list[str]:
+    """A line of the table; ``clean``: shares of wrong draws without attack of the same images and more, (n,)."""
     records, fooled = outcome.records, [outcome.counts[name] for name in FOOLED if name in outcome.counts]
     tried = records[records.clean_correct]
     name = outcome.name if line.counts or outcome.eps < float("inf") else f"{outcome.name} (invalid by construction)"
     return [
         line.model, name, "box" if outcome.eps == float("inf") else f"{outcome.eps:g}",
-        *shares(torch.where(records.clean_correct, records.verified_mean, 1.0)),
+        *shares(wrong_shares(records, clean)),
         f"{percent(fooled[0][0] / fooled[0][1])} %" if fooled and fooled[0][1] else "",
         f"{tried.linf.mean():.3f}" if len(tried) else "", f"{tried.queries.double().mean():,.0f}" if len(tried) else "",
         line.paper,
@@ -277,25 +301,32 @@ def shares(wrong: Tensor) -> list[str]:
     """
     count = len(wrong)
     mean, spread = 1 - wrong.mean().item(), (wrong * (1 - wrong)).sum().sqrt().item() / max(1, count)
-    right = int((wrong <= 0.5).sum())
+    right = int((wrong < 0.5).sum())
     return [
         f"{count}", f"{percent(mean)} ± {100 * spread:.1f} %", f"{percent(right / count)} %",
         interval(wilson(right, count)), f"{percent((wrong == 0).double().mean().item())} %",
     ]  # fmt: skip
 
 
-def clean(name: str, model: nn.Module, batch: Batch, given: argparse.Namespace) -> list[str]:
+def unattacked(model: nn.Module, batch: Batch, given: argparse.Namespace) -> Tensor:
+    """Of each clean image the share of wrong draws, (n,) float64."""
+    labels = fresh_labels(model, batch.image, given.draws, batch.index)
+    return (labels != batch.label[:, None]).double().mean(1).cpu()
+
+
+def clean_row(name: str, wrong: Tensor) -> list[str]:
     """The line of the clean images."""
-    x, y, index = (part[: given.images] for part in batch)
-    labels = fresh_labels(model, x, given.draws, index)
     paper = {DEFENCE: "82.9", "model_a": "92.9 (none)", "model_a_narrow": "81.7 (Madry)"}[name]
-    wrong = (labels != y[:, None]).double().mean(1).cpu()
     return [name, "none (clean)", "0", *shares(wrong), "", "0.000", "0", paper]
 
 
-def worst(parts: Sequence[Records], index: Tensor, eps: float, partly: bool) -> list[str]:
-    """The line of the worst case: of each image, the highest share of wrong draws over all attacks that saw it."""
-    wrong = torch.zeros(len(index), dtype=torch.float64)
+def worst(parts: Sequence[Records], clean: Tensor, index: Tensor, eps: float, partly: bool) -> list[str]:
+    """The line of the worst case: of each image, the highest share of wrong draws over all attacks that saw it.
+
+    Args:
+        clean: shares without attack, of the images ``index``.
+    """
+    wrong = clean[: len(index)].double()
     for records in parts:
         found = torch.where(records.clean_correct, records.verified_mean, 1.0)
         share = dict(zip(records.index.tolist(), found.tolist(), strict=True))
@@ -339,6 +370,11 @@ def settings(defence: nn.Module, given: argparse.Namespace) -> dict[str, object]
         "draws by which an image is judged": given.draws,
         "broken images": "go on to the last step" if given.all_steps else "leave at once",
         "draws that confirm a hit": f"{given.confirm}, by queries {given.query_confirm} (charged)",
+        "attacks by queries": "HopSkipJump at linf; GenAttack untargeted, mutation rate 0.3, alpha 0.5; NAttack step "
+        "0.02, shrink 0.1",
+        "sibling": "N 2, BPDA softsign",
+        "training": "as configured (epochs: f_b 1, f_a and sibling 2, h 1; the paper: 80)"
+        + (f", but {' '.join(given.train)}" if given.train else ""),
         "seed": 0,
     }
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.cli import EvaluateCLI, TrainCLI
 from lit_adv.datamodules import Batch
-from lit_adv.models import DigitsNet
 from lit_adv.objectives import Objective
 from lit_adv.tasks import Regression, Task
 from lit_adv.tasks.checkpoint import FORMAT, KEY
@@ -58,10 +57,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def put_tiny_networks(path: Path) -> None:
-    """Where a training begins with networks trained before, tiny ones of its data."""
-    text = (path.parent / yaml.safe_load(path.read_text())["model"]).read_text()
-    sizes = {"in_channels": 1, "image_size": 28} if "mnist" in path.stem else {"in_channels": 3, "image_size": 32}
+def put_tiny_networks(text: str, sizes: dict[str, int]) -> None:
+    """Where a configuration names networks that users train, tiny ones of its data."""
     tiny = {"class_path": "lit_adv.models.DigitsNet", "init_args": {**sizes, "filters": [2, 2], "hidden": 4}}
     behind = {"class_path": "lit_adv.defenses.AdversarialTransformation", "init_args": {}}
     behind["init_args"] = {"classifier": tiny, "reference": tiny}
@@ -74,7 +71,9 @@ def put_tiny_networks(path: Path) -> None:
 
 @pytest.mark.parametrize("path", group("train"), ids=shown)
 def test_training(path: Path) -> None:
-    put_tiny_networks(path)
+    text = (path.parent / yaml.safe_load(path.read_text())["model"]).read_text()
+    grey = {"in_channels": 1, "image_size": 28}
+    put_tiny_networks(text, grey if "mnist" in path.stem else {"in_channels": 3, "image_size": 32})
     cli = Built(["fit", "--config", str(path), *SMALLER.get(path.stem, ()), *HERE])
     assert isinstance(cli.model, Task)
     assert isinstance(cli.model.objective, Objective)
@@ -120,10 +119,7 @@ def test_probe_is_added_to_a_training(path: Path) -> None:
 
 @pytest.mark.parametrize("path", group("attack"), ids=shown)
 def test_attack(path: Path) -> None:
-    for place in re.findall(r"checkpoints/\w+\.ckpt", path.read_text()):  # local models, which users train
-        recipe = {"class_path": "lit_adv.models.DigitsNet", "init_args": {}}
-        Path(place).parent.mkdir(exist_ok=True)
-        torch.save({KEY: {"format": FORMAT, "model": recipe}, "state_dict": weights_of(DigitsNet())}, place)
+    put_tiny_networks(path.read_text(), {})
     cli = evaluation(f"--trainer.callbacks+={path}", DATA, NETWORK)
     assert sum(isinstance(callback, AttackEvaluation) for callback in cli.trainer.callbacks) == 1
 

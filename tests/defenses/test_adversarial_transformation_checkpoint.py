@@ -193,13 +193,15 @@ def measured(network: nn.Module, split: str, most: int) -> dict[str, float]:
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    data = Digits(batch_size=17, max_train=300, val_split=most) if split == "val" else Digits(17, max_test=most)
+    data = (
+        Digits(batch_size=17, max_train=300, val_split=most) if split == "val" else Digits(batch_size=17, max_test=most)
+    )
     run = trainer.validate if split == "val" else trainer.test
     return dict(run(Classification(network), data, verbose=False)[0])
 
 
 def processes(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_adv.experiments.nattack_r import HEADS, USUAL, Found, compared, goals, rows
+from lit_adv.experiments.nattack_r_table import HEADS, USUAL, Found, compared, goals, rows
 from lit_adv.metrics import Records
 
 

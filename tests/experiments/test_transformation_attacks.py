@@ -20,7 +20,18 @@ from lit_adv.defenses import AdversarialTransformation
 from lit_adv.draws import Draws
 from lit_adv.estimators import Autograd
 from lit_adv.experiments import transformation_attacks as experiment
-from lit_adv.experiments.transformation_attacks import Line, cells, clean, lines, measured, parsed, shares, worst
+from lit_adv.experiments.transformation_attacks import (
+    Line,
+    cells,
+    clean_row,
+    lines,
+    measured,
+    parsed,
+    shares,
+    unattacked,
+    worst,
+    wrong_shares,
+)
 from lit_adv.experiments.transformation_measures import agreement, ascent, imitation
 from lit_adv.metrics import Records
 from lit_adv.models import Reparameterisation
@@ -77,13 +88,19 @@ def test_shares_are_those_of_all_outcomes() -> None:
 
 def test_worst_case_is_taken_per_image_over_those_who_saw_it() -> None:
     parts = [records([0.2, 0.9, 0.0, 0.1], [True, True, True, False]), records([0.7, 0.0], [True, True])]
-    row = worst(parts, torch.arange(4), 0.1, partly=True)
-    expected = shares(torch.tensor([0.7, 0.9, 0.0, 1.0], dtype=torch.float64))
+    clean = torch.tensor([0.0, 0.0, 0.3, 0.2])  # an attack that does worse than none is not made
+    row = worst(parts, clean, torch.arange(4), 0.1, partly=True)
+    expected = shares(torch.tensor([0.7, 0.9, 0.3, 1.0], dtype=torch.float64))
     assert row[3:8] == expected
     assert row[:3] == ["f_a(g)", "worst case per image over 2 attacks, those by queries on some images", "0.1"]
-    one = worst(parts, torch.arange(2), 0.1, partly=False)
+    one = worst(parts, clean, torch.arange(2), 0.1, partly=False)
     assert one[3:8] == shares(torch.tensor([0.7, 0.9], dtype=torch.float64))
     assert float(one[4].split()[0]) <= min(100 * (1 - p.verified_mean[:2].mean().item()) for p in parts) + 0.05
+    assert wrong_shares(parts[0], clean).tolist() == pytest.approx([0.2, 0.9, 0.3, 1.0])
+
+
+def test_a_tie_of_draws_is_not_a_majority() -> None:
+    assert shares(torch.tensor([0.5, 0.4], dtype=torch.float64))[2] == "50.0 %"
 
 
 def test_defaults_are_those_that_were_agreed() -> None:
@@ -120,7 +137,7 @@ def test_lines_are_all_attacks_at_one_radius(tmp_path: Path) -> None:
 def test_clean_line_counts_fresh_draws(tmp_path: Path) -> None:
     model, x = networks()["f_a"], images(4, dtype=torch.float32)
     y = decided(model, x)
-    row = clean("f_a(g)", model, Batch(x, y, torch.arange(4)), given(tmp_path))
+    row = clean_row("f_a(g)", unattacked(model, Batch(x, y, torch.arange(4)), given(tmp_path)))
     lost = 0
     for number in range(3):
         with torch.no_grad():
@@ -179,7 +196,7 @@ def test_lines_tell_what_the_source_thought(tmp_path: Path) -> None:
     trial = Trial(line.protocol, nets["f_a"], dirpath=tmp_path)
     trial.add(Batch(x, decided(nets["model_b"], x), torch.arange(4)))
     outcome = trial.outcome(trial.close())
-    told = dict(zip(experiment.HEADS, cells(line, outcome), strict=True))
+    told = dict(zip(experiment.HEADS, cells(line, outcome, torch.zeros(4)), strict=True))
     fooled, tried = outcome.counts["images fooled the local models"]
     assert told["source fooled"] == f"{100 * fooled / tried:.1f} %"
     assert isinstance(line, Line)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from lit_adv.experiments import (
     transformation_blackbox,
 )
 from lit_adv.experiments.transformation import Bench, Standing, cosines, floor, robust, standing, within
-from lit_adv.experiments.transformation_setup import FAMILIES, NETWORK, SIZES, ChannelsLast, Family, command_line
+from lit_adv.experiments.transformation_setup import FAMILIES, NETWORK, SIZES, Family, command_line
 from lit_adv.losses import cross_entropy
 from lit_adv.metrics import Records
 from lit_adv.models import DigitsNet
@@ -335,10 +333,3 @@ def test_figures_of_other_settings_or_weights_are_made_anew(calls: list[tuple[st
     defence = setup.defence()
     assert [setup.kept("n", defence, {"draws": draws}, make) for draws in (1, 1, 2)] == [1, 1, 2]
     assert setup.kept("n", defence.variant(steps=3), {"draws": 1}, make) == 3
-
-
-def test_weights_are_laid_out_with_channels_innermost() -> None:
-    module = nn.Conv2d(4, 4, 3)
-    ChannelsLast().on_fit_start(argparse.Namespace(), module)  # type: ignore[arg-type]
-    assert module.weight.is_contiguous(memory_format=torch.channels_last)
-    assert replace(DIGITS, eps=0.2).eps == 0.2
