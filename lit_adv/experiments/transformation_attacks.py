@@ -30,6 +30,7 @@ from lit_adv.estimators import Autograd
 from lit_adv.evaluation import evaluate
 from lit_adv.experiments.page import Page
 from lit_adv.experiments.trained import CHECKPOINTS, trained
+from lit_adv.experiments.transformation import MASKING
 from lit_adv.experiments.transformation_measures import SMOOTH, measures
 from lit_adv.fingerprint import digest
 from lit_adv.metrics import Records
@@ -49,11 +50,6 @@ HEADS = (
     "model", "attack", "eps", "images", "accuracy over draws", "majority right", "95 % interval", "every draw right",
     "source fooled", "mean linf", "mean queries", "paper (CIFAR-10, eps 0.031)",
 )  # fmt: skip
-MASKING = (
-    "The defence works by masking gradients: g moves every image, by many signed steps, much farther than the attacker "
-    "may, and what an attacker can differentiate (the identity, smooth steps, an imitation of g) tells little of where "
-    "g will go. Accuracy under these attacks is an upper bound of the robust accuracy, not a guarantee."
-)
 COUNTED = (
     "All images count, those wrong when clean as wrong. 'accuracy over draws': the mean and the standard deviation of "
     "the accuracy over fresh draws of g; 'majority right': more than half of an image's draws; 'every draw right': an "
