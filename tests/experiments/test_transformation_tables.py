@@ -223,7 +223,14 @@ def test_a_further_configuration_sets_the_size_of_training(calls: list[tuple[str
     small = tmp_path / "tiny.yaml"
     small.write_text("epochs: 1\n")
     bench("--config", str(small)).reference()
-    assert calls == [("digits_reference_tiny", "digits_reference", "--config", str(small))]
+    ((first, *rest),) = calls
+    assert first.startswith("digits_reference_tiny_")
+    assert rest == ["digits_reference", "--config", str(small)]
+    calls.clear()
+    small.write_text("epochs: 2\n")  # other content, other checkpoints
+    bench("--config", str(small)).reference()
+    assert calls[0][0].startswith("digits_reference_tiny_")
+    assert calls[0][0] != first
     with pytest.raises(SystemExit):
         command_line("", {}, ["--config", "missing.yaml"])
 
@@ -263,6 +270,8 @@ def test_robust_shares_count_images_wrong_at_first_as_broken() -> None:
             verified_mean=[0.0, 0.8, 0.2, 0.6, 0.0],
         )
     )
+    tie = robust(records(clean_correct=[1], verified_any=[1], verified_mean=[0.5]))
+    assert tie.majority == 0  # no more than half of the draws are right
     assert found.mean == pytest.approx((1 + 0.2 + 0.8 + 0.4) / 5)
     assert found.majority == pytest.approx(2 / 5)  # the fourth falls in most draws, though no draw of the attack's did
     assert found.all == pytest.approx(1 / 5)
