@@ -55,6 +55,23 @@ FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0)
 STARTS = (0.001, 0.1, 1.0)
 
 
+class Same(nn.Module):
+    """Answers one and the same mean for every image: what S is worth beyond it lies in looking at the image.
+
+    Args:
+        answer: (C, h, w).
+    """
+
+    answer: torch.Tensor
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("answer", answer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.answer.expand(len(x), *self.answer.shape)
+
+
 class Experiment:
     """The four parts, with what they share.
 
@@ -170,11 +187,15 @@ class Experiment:
         if made.missing:
             raise ValueError(f"{made}: wait for the other processes, or start again without RANK and WORLD_SIZE")
         network = self.regression()
-        costs = self.costs(network)
+        given, costs = self.given, self.costs(network)
         best = min(costs, key=lambda factor: costs[factor])
         starts = {"S": self.started(network, 1.0)}
         if best != 1.0:
             starts[f"S times {best:g}"] = self.started(network, best)
+        same = Same(PerturbationPairs(self.pair_folder, target=given.target).dataset("train").pairs.target.mean(0))
+        shares = self.costs(same.to(self.device))
+        factor = min(shares, key=lambda number: shares[number])
+        starts[f"mean of pairs times {factor:g}"] = self.started(same, factor)
         starts |= {f"init_std {std:g}": self.attack(init_std=std) for std in STARTS}
         found = [self.evaluated(name, attack) for name, attack in starts.items()]
         remarks = [*self.remarks(made, costs, *self.errors(network)), *goals(found)]
@@ -220,6 +241,7 @@ class Experiment:
             f"validation error of S {error:.4g}, of the answer 0 {zero:.4g}, on {count} pairs held out: {verdict}",
             f"mean queries by factor of S, failures with all theirs, on {self.given.factor_images} further training "
             f"images, where the factor was chosen: {told}",
+            "mean of pairs: one start for all images, its factor chosen as S's; what S adds to it is what it sees",
             "the size of the noise was not tuned, S's factor was; the release starts the paper's NATTACK row from "
             "init_std 1.0",
             "queries to success count the tests of the mean; both break: images of the paired comparison with "
