@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.nets import Linear, Noisy, Small, decided, images
+from contracts.nets import Detached, Linear, Noisy, Small, Undeclared, decided, images
 from torch import Tensor, nn
 
 import lit_adv
@@ -150,18 +150,6 @@ def test_a_surrogate_that_differs_from_the_deployed_answers() -> None:
     assert found["surrogate"].figures["difference"] == pytest.approx(expected)
 
 
-class Undeclared(nn.Module):
-    """Random, and does not say so."""
-
-    def __init__(self, noise: float = 0.5) -> None:
-        super().__init__()
-        self.net, self.noise = Small(), noise
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x + self.noise * torch.randn_like(x))
-        return logits
-
-
 @pytest.mark.filterwarnings("ignore:.*answers the same images differently")
 def test_randomness_that_is_not_declared() -> None:
     found = findings(Undeclared())
@@ -191,19 +179,6 @@ def test_a_random_defence_that_says_so() -> None:
     assert {"slope", "blind"} <= status(found, "PASS")
     assert found["slope"].n == 16  # a quarter of 64
     assert found["null"].figures["pgd: null"] is not None
-
-
-class Detached(nn.Module):
-    """Answers without a gradient."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = self.net(x)
-        return logits
 
 
 def test_a_model_without_a_gradient_is_blind_and_one_from_afar_is_skipped() -> None:

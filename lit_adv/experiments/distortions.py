@@ -18,13 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lit_adv.archive import weights_hash
-from lit_adv.cli import keep_memory
 from lit_adv.datamodules import MNIST, Batch
-from lit_adv.experiments.catalogue import protocol_of
+from lit_adv.experiments.catalogue import command_line, protocol_of
 from lit_adv.experiments.page import Page, told
 from lit_adv.experiments.trained import trained
 from lit_adv.metrics import Records
@@ -87,18 +85,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="test images, from the first on")
     parser.add_argument("--zoo", type=int, default=10, help="test images of ZOO")
     parser.add_argument("--steps", type=int, default=None, help="steps of every attack, fewer than configured: a trial")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to attack")
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="attacks whose name holds one of these")
-    parser.add_argument("--train", nargs="*", default=[], metavar="FLAG", help="flags of train.py, e.g. epochs=1")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="where the models lie")
-    parser.add_argument("--folder", type=Path, default=Path("runs/distortions"), help="records and table")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the processor")
-    given = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(given.threads)
-    lines = [line for line in LINES if given.only is None or any(part in line.name for part in given.only)]
-    if not lines:
-        parser.error(f"no attack is called {' or '.join(given.only)}: {', '.join(line.name for line in LINES)}")
+    given = command_line(parser, [line.name for line in LINES], list(MODELS), Path("runs/distortions"))
+    lines = [line for line in LINES if line.name in given.only]
     data, rows, notes = MNIST(batch_size=128), [], list(NOTES)
     for name in given.models:
         flags = [f"--{flag}" for flag in given.train]

@@ -24,10 +24,9 @@ import torch
 from torch import nn
 
 from lit_adv.archive import weights_hash
-from lit_adv.cli import keep_memory
 from lit_adv.datamodules import MNIST, Batch
 from lit_adv.evaluation import evaluate
-from lit_adv.experiments.catalogue import protocol_of
+from lit_adv.experiments.catalogue import command_line, protocol_of
 from lit_adv.experiments.page import Curve, Page, figure, told
 from lit_adv.experiments.trained import trained
 from lit_adv.metrics import Records
@@ -87,19 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=100, help="test images, from the first on")
     parser.add_argument("--budget", type=int, default=20_000, help="queries per image of NAttack")
-    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS), help="models to attack")
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="attacks whose name holds one of these")
-    parser.add_argument("--train", nargs="*", default=[], metavar="FLAG", help="flags of train.py, e.g. epochs=1")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="where the models lie")
-    parser.add_argument("--folder", type=Path, default=Path("runs/thermometer"), help="records, reports and table")
     parser.add_argument("--audit", type=int, default=64, help="images of the audit; 0: none")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the processor")
-    given = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(given.threads)
-    lines = [line for line in LINES if given.only is None or any(part in line.name for part in given.only)]
-    if not lines:
-        parser.error(f"no attack is called {' or '.join(given.only)}: {', '.join(line.name for line in LINES)}")
+    given = command_line(parser, [line.name for line in LINES], list(CONFIGS), Path("runs/thermometer"))
+    lines = [line for line in LINES if line.name in given.only]
     data = MNIST(batch_size=256)
     rows, notes, curves = [], [], []
     for name in given.models:

@@ -19,6 +19,7 @@ from lit_adv.datamodules import Batch
 from lit_adv.defenses.adversarial_transformation import AdversarialTransformation
 from lit_adv.defenses.transformation_attacks import transformed
 from lit_adv.experiments.page import Curve, figure
+from lit_adv.experiments.transformation import cosines
 from lit_adv.losses import cross_entropy
 from lit_adv.oracle import QueryOracle
 from lit_adv.tables import percent
@@ -138,18 +139,11 @@ def agreement(
 ) -> list[float]:
     """Mean cosine over images between a surrogate's gradient and that of BPDA-I, for several numbers of steps of g.
 
-    Without random start, so that both see the same g; f_a is the one at hand for every number.
+    Images with a gradient of 0 are left out. Without random start, so that both see the same g; f_a is the one at hand
+    for every number.
     """
-    found = []
-    for number in steps:
-        fixed = defence.variant(steps=number, random_start=False).eval()
-        rows = torch.arange(len(x), device=x.device)
-        own, other = (
-            _slope(QueryOracle(fixed, len(x), surrogate=name), x, y, rows, 1).flatten(1).double()
-            for name in (None, surrogate)
-        )
-        found.append(torch.cosine_similarity(own, other, dim=1, eps=1e-30).mean().item())
-    return found
+    fixed = (defence.variant(steps=number, random_start=False).eval() for number in steps)
+    return [cosines(one, x, y, surrogate).nanmean().item() for one in fixed]
 
 
 def measures(

@@ -76,6 +76,31 @@ class Counting(nn.Module):
         return self.model(x)
 
 
+class Undeclared(nn.Module):
+    """Random, and does not say so."""
+
+    def __init__(self, noise: float = 0.5) -> None:
+        super().__init__()
+        self.net, self.noise = Small(), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x + self.noise * torch.randn_like(x))
+        return logits
+
+
+class Detached(nn.Module):
+    """Answers without a gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.net(x)
+        return logits
+
+
 class Noisy(Defense):
     """A classifier behind fresh Gaussian noise of its own, also in eval mode."""
 
