@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_adv.answers import Output, cast, check_answer, check_finite, dtype_of, evaluating
 from lit_adv.defense import Defense
 from lit_adv.draws import Draws
+from lit_adv.protocol import Target
 
 _CLEAN, _AGAIN = -6, 16  # key of the draws; images that are asked about a second time
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -70,6 +71,25 @@ def least_likely(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, classes:
         parts = zip(torch.split(x, chunk), torch.split(index, chunk), strict=True)
         scores = torch.cat([ask(model, images, seed, places) for images, places in parts])[:, :classes]
     return scores.scatter(1, y[:, None], torch.inf).argmin(1)
+
+
+def targets(
+    rule: Target, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, classes: int, seed: int, chunk: int
+) -> Tensor | None:
+    """Target classes by a rule, keyed by (seed, index) where they are drawn; None: untargeted.
+
+    Args:
+        classes: of the data set. chunk: images in a forward, for the least likely class.
+
+    Shape: x (n, C, H, W), y and index (n,) -> (n,) int64.
+    """
+    if rule == "none":
+        return None
+    if rule == "next":
+        return (y + 1) % classes
+    if rule == "random":
+        return (y + 1 + Draws(seed, index, torch.full_like(index, -5)).integers(classes - 1)) % classes
+    return least_likely(model, x, y, index, classes, seed, chunk)
 
 
 def _repeats(model: nn.Module, x: Tensor, answer: Tensor, seed: int) -> bool:

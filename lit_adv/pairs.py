@@ -11,24 +11,21 @@ RANK and WORLD_SIZE set each process makes its share, and the pairs are the same
 from __future__ import annotations
 
 import copy
-import json
-import os
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lit_adv.answers import evaluating
 from lit_adv.archive import configuration, weights_hash
 from lit_adv.attacks.nattack import NAttack, NAttackState
 from lit_adv.datamodules import Batch, ImageDataModule
-from lit_adv.datamodules.pairs import KEPT, NOTE, TENSORS, read_note, shards_of
+from lit_adv.datamodules.pairs import KEPT, pair_pools
 from lit_adv.oracle import QueryOracle
+from lit_adv.pools import check_least, share
 from lit_adv.verify import correct
 
 _CHUNK = 512  # images in a forward; fixed, so that rounding is the same whatever the machine's memory
@@ -103,9 +100,10 @@ def make_pairs(
     Raises:
         ValueError: an attack without a mean to keep, a number out of range, or a folder made with something else.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
-    _check(attack, images, first, pool, rank, world)
+    rank, world = share(rank, world)
+    _check(attack)
+    check_least(1, images=images, pool=pool)
+    check_least(0, first=first)
     model = model if device is None else model.to(device)
     data.prepare_data()
     dataset = copy.copy(data.dataset("train"))  # never a test image
@@ -113,15 +111,15 @@ def make_pairs(
     places = torch.arange(len(dataset))[first : first + images]
     if not len(places):
         raise ValueError(f"first must be less than the {len(dataset)} training images, got {first}")
-    note = identity(attack, model, data, first, pool, budget)
-    _begin(Path(folder), note, rank)
-    pools = list(enumerate(torch.split(places, pool)))
-    done = {number for number, shard in shards_of(folder) if _whole(shard, pools, number)}
-    own = [(number, part) for number, part in pools if number % world == rank and number not in done]
+    pools = pair_pools(folder)
+    pools.begin(identity(attack, model, data, first, pool, budget), rank)
+
+    def make(chosen: list[int]) -> dict[str, Tensor]:
+        return attacked(attack, model, dataset.__getitems__(chosen), budget)
+
     with evaluating(model):
-        for number, part in tqdm(own, desc="pairs", unit=" pools", disable=None if progress else True):
-            _store(Path(folder), number, attacked(attack, model, dataset.__getitems__(part.tolist()), budget))
-    return counted(folder, len(places), len(pools))
+        pools.fill(places, pool, make, rank, world, progress)
+    return counted(folder, len(places), -(-len(places) // pool))
 
 
 def attacked(attack: NAttack, model: nn.Module, batch: Batch, budget: int | None = None) -> dict[str, Tensor]:
@@ -151,12 +149,10 @@ def attacked(attack: NAttack, model: nn.Module, batch: Batch, budget: int | None
     kept = (result.success & ~at_once).nonzero().squeeze(1)
     size = (x.shape[1], min(x.shape[2], attack.latent), min(x.shape[3], attack.latent))
     phi = torch.stack([means[row] for row in kept.tolist()]) if len(kept) else x.new_zeros(0, *size)
-    columns = {
+    return {
         "image": x[kept], "x_adv": result.x_adv[kept], "phi": phi, "label": y[kept], "index": places[kept],
         "iterations": result.iterations[kept], "queries": result.first_hit[kept], "tried": index, "fate": fate,
     }  # fmt: skip
-    assert columns.keys() == TENSORS
-    return {name: value.detach().cpu().contiguous() for name, value in columns.items()}
 
 
 def identity(
@@ -180,43 +176,13 @@ def identity(
 
 def counted(folder: Path, images: int, pools: int) -> Made:
     """How many of the images tried so far, in the first pools of a folder, became what."""
-    fates = [shard["fate"] for number, shard in shards_of(folder) if number < pools]
+    fates = [shard["fate"] for number, shard in pair_pools(folder).shards() if number < pools]
     fate = torch.cat(fates)[:images] if fates else torch.zeros(0, dtype=torch.int64)
     kept, wrong, unbroken, at_once = (int((fate == kind).sum()) for kind in Fate)
     return Made(len(fate), kept, wrong, unbroken, at_once, max(0, images - len(fate)))
 
 
-def _begin(folder: Path, note: dict[str, Any], rank: int) -> None:
-    """Write down what the folder's pairs are made with, or refuse a folder made with something else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    there = read_note(folder)
-    if there is None:
-        part = folder / f".{NOTE}.rank{rank}"
-        part.write_text(json.dumps(note, indent=1))
-        os.replace(part, folder / NOTE)
-        return
-    wanted = json.loads(json.dumps(note))
-    differing = [name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)]
-    if differing:
-        raise ValueError(
-            f"the pairs in {folder} were made with another {', '.join(sorted(differing))} (see {NOTE} there): choose "
-            "another folder"
-        )
-
-
-def _whole(shard: dict[str, Tensor], pools: list[tuple[int, Tensor]], number: int) -> bool:
-    """Whether a pool holds all images that it should: fewer were asked for where it was the last one."""
-    return number >= len(pools) or len(shard["tried"]) >= len(pools[number][1])
-
-
-def _store(folder: Path, number: int, shard: dict[str, Tensor]) -> None:
-    place = folder / f"pool.{number:06d}.safetensors"
-    part = place.with_name(f".{place.name}.part")
-    save_file(shard, part)
-    os.replace(part, place)
-
-
-def _check(attack: NAttack, images: int, first: int, pool: int, rank: int, world: int) -> None:
+def _check(attack: NAttack) -> None:
     if attack.schedule != "mean":
         raise ValueError(
             f"schedule must be 'mean' to make pairs, got {attack.schedule!r}: with other schedules a sample may be "
@@ -224,11 +190,6 @@ def _check(attack: NAttack, images: int, first: int, pool: int, rank: int, world
         )
     if attack.objective != "adversarial" or not attack.stop_at_hit:
         raise ValueError("the attack must end at its first hit to make pairs: objective adversarial, stop_at_hit true")
-    for name, value, least in (("images", images, 1), ("pool", pool, 1), ("first", first, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must lie in [0, world = {world}), got {rank}")
 
 
 def main() -> None:

@@ -17,9 +17,8 @@ from lit_adv.archive import Archive, configuration, fingerprint, learnt, weights
 from lit_adv.attack import IterativeAttack, check_images
 from lit_adv.chunk import Chunk
 from lit_adv.datamodules import Batch
-from lit_adv.draws import Draws
 from lit_adv.fast import fast_copy
-from lit_adv.look import Restless, first_look, least_likely
+from lit_adv.look import Restless, first_look, targets
 from lit_adv.metrics import Records
 from lit_adv.oracle import Access, QueryOracle
 from lit_adv.outcome import LOST, RESTLESS, Outcome, notes, stages_of
@@ -249,12 +248,7 @@ class Trial:
             return None
         if not classes or (rule == "least_likely" and self.protocol.output == "labels"):
             raise ValueError(f"target {rule!r} needs a model that tells scores or, but for least_likely, num_classes")
-        if rule == "next":
-            return (y + 1) % classes
-        if rule == "random":
-            draws = Draws(self._seed, index, torch.full_like(index, -5))
-            return (y + 1 + draws.integers(classes - 1)) % classes
-        return least_likely(self.model, x, y, index, classes, self._seed, self._images_at_once)
+        return targets(rule, self.model, x, y, index, classes, self._seed, self._images_at_once)
 
     def _stand_in(self) -> nn.Module | None:
         """What answers the search in the model's place, where that is asked for and of use."""

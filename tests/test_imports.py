@@ -22,6 +22,7 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "variables": (0, set()),
     "fingerprint": (0, set()),
     "inputs": (0, set()),
+    "kept": (0, set()),
     "estimator": (1, set()),
     "parts": (1, {"search", "state"}),
     "probing": (1, {"estimator", "search", "state"}),
@@ -36,19 +37,27 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "attack": (1, {"oracle", "search", "state"}),
     "verify": (1, set()),
     "fast": (1, set()),
+    "suppression": (1, set()),
+    "response": (1, set()),
+    "features": (1, set()),
     "protocol": (1, {"oracle", "attack"}),
     "fitted": (2, set()),
+    "pools": (2, set()),
     "estimators": (2, {"fitted"}),
     "attacks": (2, {"estimators", "fitted"}),
     "models": (2, set()),
-    "defenses": (2, {"models"}),
+    "detector": (2, {"models"}),
+    "layerwise": (2, {"detector"}),
+    "detectors": (2, {"detector", "layerwise", "models"}),
+    "defenses": (2, {"detector", "models"}),
     "remote": (2, set()),
     "objectives": (3, set()),
     "metrics": (3, set()),
     "datamodules": (3, set()),
-    "tasks": (4, set()),
+    "tasks": (4, {"archive"}),
     "archive": (4, set()),
     "pairs": (4, {"archive"}),
+    "attack_set": (4, {"archive", "look"}),
     "suggestions": (4, set()),
     "look": (4, set()),
     "tables": (4, {"suggestions"}),
@@ -67,7 +76,7 @@ LINES: dict[str, tuple[int, set[str]]] = {
     "experiments": (6, set()),
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "torchmetrics"}
-COLLECTIONS = ("attacks", "defenses")  # whose files know nothing of one another
+COLLECTIONS = ("attacks", "defenses", "detectors")  # whose files know nothing of one another
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

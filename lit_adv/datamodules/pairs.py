@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pytorch_lightning import LightningDataModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lit_adv.datamodules.base import held_out
 from lit_adv.datamodules.dataset import EpochSampler
+from lit_adv.pools import InMemory, Pools, check_least
 
-NOTE, SHARDS = "pairs.json", "pool.*.safetensors"
+NOTE = "pairs.json"
 TARGET_SCALE = 100.0
 """Factor of the targets unless said otherwise."""
 
 KEPT = 0
 """The fate of an image whose pair is kept; see :class:`lit_adv.pairs.Fate`."""
 
-TENSORS = {"image", "x_adv", "phi", "label", "index", "iterations", "queries", "tried", "fate"}
+COLUMNS = frozenset({"image", "x_adv", "phi", "label", "index", "iterations", "queries"})
+EACH = frozenset({"tried", "fate"})
 
 
 class PairBatch(NamedTuple):
@@ -41,23 +39,8 @@ class PairBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which no one asks a batch for
 
 
-class PairDataset(Dataset[PairBatch]):
-    """Pairs in memory, gathered a whole batch at a time."""
-
-    def __init__(self, pairs: PairBatch) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs.label)
-
-    def __getitem__(self, place: int) -> PairBatch:
-        """One pair, without the batch dimension."""
-        return PairBatch(*(column[place] for column in self.pairs))
-
-    def __getitems__(self, places: Sequence[int]) -> PairBatch:
-        """A batch in one piece; the loader prefers this to single pairs."""
-        chosen = torch.as_tensor(places, dtype=torch.int64)
-        return PairBatch(*(column[chosen] for column in self.pairs))
+class PairDataset(InMemory[PairBatch]):
+    """Pairs of one split in memory, all of them its attribute ``pairs``."""
 
 
 class PerturbationPairs(LightningDataModule):
@@ -105,9 +88,7 @@ class PerturbationPairs(LightningDataModule):
             raise ValueError(f"target must be 'phi' or 'image', got {target!r}")
         if not target_scale > 0:
             raise ValueError(f"target_scale must be > 0, got {target_scale}")
-        for name, value in (("batch_size", batch_size), ("max_pairs", 1 if max_pairs is None else max_pairs)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_least(1, batch_size=batch_size, max_pairs=max_pairs)
         self.folder, self.val_share, self.batch_size = Path(folder), float(val_share), batch_size
         self.target_scale, self.target, self.max_pairs = target_scale, target, max_pairs
         self.seed, self.shuffle = seed, shuffle
@@ -130,16 +111,13 @@ class PerturbationPairs(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of pairs to train on, in a new order every epoch if ``shuffle``."""
         dataset = self.dataset("train")
-        return self._loader(dataset, EpochSampler(len(dataset), self.seed) if self.shuffle else None)
+        sampler = EpochSampler(len(dataset), self.seed) if self.shuffle else None
+        return dataset.loader(self.batch_size, self.seed, sampler)
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
         """Batches of the pairs held out; no loader at all where ``val_share`` holds none out."""
         dataset = self.dataset("val")
-        return self._loader(dataset) if len(dataset) else []
-
-    def _loader(self, dataset: PairDataset, sampler: EpochSampler | None = None) -> DataLoader[PairBatch]:
-        generator = torch.Generator().manual_seed(self.seed)  # its own: loading must not move the global one
-        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=_as_it_is, generator=generator)
+        return dataset.loader(self.batch_size, self.seed) if len(dataset) else []
 
     def _split(self, note: dict[str, Any], columns: dict[str, Tensor]) -> dict[str, PairDataset]:
         kept = slice(None) if self.max_pairs is None else slice(self.max_pairs)
@@ -161,10 +139,6 @@ class PerturbationPairs(LightningDataModule):
         return {name: PairDataset(pairs.__getitems__(places.tolist())) for name, places in parts.items()}
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch  # gathered in one piece already
-
-
 def arctanh_way(image: Tensor, x_adv: Tensor, shrink: float, box: Sequence[float] = (0.0, 1.0)) -> Tensor:
     """From an image to an adversarial one in arctanh space: atanh(s (2 x' - 1)) - atanh(s (2 x - 1)), s = 1 - shrink.
 
@@ -175,51 +149,23 @@ def arctanh_way(image: Tensor, x_adv: Tensor, shrink: float, box: Sequence[float
     return (ways[1] - ways[0]).to(image.dtype)
 
 
+def pair_pools(folder: str | Path) -> Pools:
+    """A folder of pairs.
+
+    Args:
+        folder: where they lie, or shall lie.
+    """
+    return Pools(Path(folder), NOTE, "pairs", "python -m lit_adv.pairs", COLUMNS, EACH, _checked)
+
+
 def read_pairs(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the pairs in a folder were made with, and their columns, in the order of the training split.
 
     Raises:
         FileNotFoundError: no pairs there. ValueError: the folder's note is damaged.
     """
-    note = read_note(folder)
-    if note is None:
-        raise FileNotFoundError(
-            f"{folder} holds no pairs (no file {NOTE}): make them by python -m lit_adv.pairs, or correct the path"
-        )
-    shards = [shard for _, shard in shards_of(folder)]
-    pairs = [{name: shard[name] for name in TENSORS if name not in ("tried", "fate")} for shard in shards]
-    if not sum(len(part["label"]) for part in pairs):
-        raise FileNotFoundError(f"{folder} holds no pairs yet: let python -m lit_adv.pairs come to its end first")
-    columns = {name: torch.cat([part[name] for part in pairs]) for name in pairs[0]}
-    return note, columns
+    return pair_pools(folder).read()
 
 
-def read_note(folder: Path) -> dict[str, Any] | None:
-    """What a folder's pairs were made with; None where there is nothing.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = Path(folder) / NOTE
-    if not path.is_file():
-        return None
-    try:
-        note = json.loads(path.read_text())
-        return {**note, "data": dict(note["data"]), "shrink": float(note["shrink"]), "box": list(note["box"])}
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another folder, or remove this one") from None
-
-
-def shards_of(folder: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Numbers and contents of the pools in a folder, in order; what is damaged is passed over with a warning."""
-    for path in sorted(Path(folder).glob(SHARDS)):
-        try:
-            shard = load_file(path)
-        except (SafetensorError, OSError) as error:
-            shard, reason = {}, str(error)
-        else:
-            reason = "it lacks columns"
-        if not shard.keys() >= TENSORS:
-            warnings.warn(f"{path} is damaged and passed over ({reason}): it is made again next time", stacklevel=2)
-            continue
-        yield int(path.name.split(".")[1]), shard
+def _checked(note: dict[str, Any]) -> dict[str, Any]:
+    return {**note, "data": dict(note["data"]), "shrink": float(note["shrink"]), "box": list(note["box"])}
