@@ -206,3 +206,12 @@ def _times(word: Word, factor: int) -> Word:
 def _signed64(word: int) -> int:
     word &= 2**64 - 1
     return word - 2**64 if word >= 2**63 else word
+
+
+def fresh_draws(x: Tensor, key: int = -7) -> Draws:
+    """Numbers for one call on images (n, ...), from torch's generator; equally seeded processes draw different ones."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    process = torch.distributed.get_rank() if several else 0
+    seed = int(torch.randint(2**62, ()))
+    rows = torch.arange(len(x), device=x.device)
+    return Draws(seed, rows, torch.full_like(rows, process), key=key)

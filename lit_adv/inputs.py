@@ -1,27 +1,30 @@
-"""What a defence made of several networks refuses: other classes, and images that are none."""
+"""How a defence made of several networks takes its images: what it refuses, and in which precision it works."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-def class_count(classifier: nn.Module, references: Sequence[nn.Module], num_classes: int | None) -> int:
+def class_count(
+    classifier: nn.Module, others: Sequence[nn.Module], num_classes: int | None, called: str = "reference"
+) -> int:
     """The number of classes that all agree on."""
     said = {
         "num_classes": num_classes,
         "classifier": getattr(classifier, "num_classes", None),
-        **{f"reference {place}": getattr(network, "num_classes", None) for place, network in enumerate(references)},
+        **{f"{called} {place}": getattr(network, "num_classes", None) for place, network in enumerate(others)},
     }
     known = {name: int(count) for name, count in said.items() if count is not None}
     if not known:
-        raise ValueError("neither classifier nor reference says how many classes it knows: give num_classes")
+        raise ValueError(f"neither classifier nor {called} says how many classes it knows: give num_classes")
     if len(set(known.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in known.items())
-        raise ValueError(f"f_a and f_b must know the same classes, got {listed}: take networks of the same data")
+        raise ValueError(f"the networks must know the same classes, got {listed}: take networks of the same data")
     return next(iter(known.values()))
 
 
@@ -41,3 +44,15 @@ def check_images(x: Tensor) -> None:
             f"images must lie in [0, 1], got values in [{least:.3g}, {most:.3g}]: put the normalisation inside the "
             "networks, and divide 8-bit images by 255"
         )
+
+
+def wide(x: Tensor) -> Tensor:
+    """Images in float32 at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@contextmanager
+def precise(x: Tensor) -> Iterator[None]:
+    """Gradients on, inference mode and autocast off: in half precision the sign of a vanished gradient is 0."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        yield

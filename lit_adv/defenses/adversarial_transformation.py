@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from lit_adv.answers import dtype_of
 from lit_adv.defense import Defense, straight_through
-from lit_adv.draws import Draws
+from lit_adv.draws import Draws, fresh_draws
 from lit_adv.fingerprint import digest
-from lit_adv.inputs import check_images, class_count
+from lit_adv.inputs import check_images, class_count, precise, wide
 from lit_adv.models.frozen import Folded
 
 Mode = Literal["least_likely", "untargeted", "random_target", "noise", "spatial", "none"]
@@ -113,11 +112,11 @@ class AdversarialTransformation(Defense):
 
         Shape: (n, C, H, W) in [0, 1] to (n, C, H, W) in [-delta, 1 + delta] ([0, 1] with ``box``).
         """
-        with _precise(x):
-            x = _wide(x.detach().clone() if x.is_inference() else x.detach())
+        with precise(x):
+            x = wide(x.detach().clone() if x.is_inference() else x.detach())
             if not self._moves(x):
                 return x
-            draws = _fresh_draws(x) if draws is None else draws
+            draws = fresh_draws(x) if draws is None else draws
             if self.mode == "spatial":
                 return self._mapped(x, draws)
             delta, aim, pick = self._begun(x, draws)
@@ -131,9 +130,9 @@ class AdversarialTransformation(Defense):
         """f_a behind g with plain autograd through every step: minimum and maximum with the bounds x +- delta."""
         if not self._differentiates(x):
             return self(x, draws)
-        with _precise(x):
-            x = _wide(x)
-            draws = _fresh_draws(x) if draws is None else draws
+        with precise(x):
+            x = wide(x)
+            draws = fresh_draws(x) if draws is None else draws
             delta, aim, pick = self._begun(x.detach(), draws)
             point = x + delta
             for _ in range(self.steps):
@@ -231,9 +230,9 @@ class AdversarialTransformation(Defense):
         """g(x) whose backward pass is that of a smooth sign and of the projection of equation (5)."""
         if not self._differentiates(x):
             return self._passed(x, draws)
-        with _precise(x):
-            x = _wide(x)
-            draws = _fresh_draws(x) if draws is None else draws
+        with precise(x):
+            x = wide(x)
+            draws = fresh_draws(x) if draws is None else draws
             centre = x.detach()
             delta, aim, pick = self._begun(centre, draws)
             base = x
@@ -309,10 +308,6 @@ class AdversarialTransformation(Defense):
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _middle(slope: Tensor) -> Tensor:
     """Median of the size of each image's gradient; 1 where most of it has vanished, and nothing can be scaled."""
     size = slope.detach().abs().flatten(1).median(1).values
@@ -321,22 +316,6 @@ def _middle(slope: Tensor) -> Tensor:
 
 def _length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
-
-
-@contextmanager
-def _precise(x: Tensor) -> Iterator[None]:
-    """Gradients on, inference mode and autocast off: in half precision the sign of a vanished gradient is 0."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
-
-
-def _fresh_draws(x: Tensor) -> Draws:
-    """Numbers for one call, from torch's generator; equally seeded processes draw different ones."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    process = torch.distributed.get_rank() if several else 0
-    seed = int(torch.randint(2**62, ()))
-    rows = torch.arange(len(x), device=x.device)
-    return Draws(seed, rows, torch.full_like(rows, process), key=-7)
 
 
 def _check(defense: AdversarialTransformation, references: Sequence[nn.Module]) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_adv.archive import configuration
 from lit_adv.protocol import Protocol
@@ -98,6 +99,33 @@ def figure(path: Path, curves: Sequence[Curve], x: str, y: str, title: str = "",
         axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    return _drawn(path, drawn)
+
+
+def histograms(path: Path, values: Mapping[str, Sequence[float]], x: str, title: str = "", bins: int = 60) -> Path:
+    """Draw the distributions of named samples into a PNG file and return it.
+
+    Args:
+        path: its folder is made. values: samples by name in the legend. x: name of the axis. bins: common to all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
+    every = [value for sample in values.values() for value in sample]
+    for name, sample in values.items():
+        share = [1 / max(1, len(sample))] * len(sample)
+        axes.hist(sample, bins=bins, range=(min(every), max(every)), weights=share, histtype="step", label=name)
+    axes.set(xlabel=x, ylabel="share of images")
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return _drawn(path, drawn)
+
+
+def _drawn(path: Path, drawn: Any) -> Path:
     content = io.BytesIO()
     drawn.savefig(content, format="png", dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Measures of attacks: one record per image, and plain functions of records."""
 
+from lit_adv.metrics.detection import Estimate, auc, auc_interval, share_above, threshold_at
 from lit_adv.metrics.records import AttackRecords, Records
 from lit_adv.metrics.summary import (
     Interval,
@@ -15,14 +16,19 @@ from lit_adv.metrics.summary import (
 
 __all__ = [
     "AttackRecords",
+    "Estimate",
     "Interval",
     "McNemar",
     "Records",
     "Summary",
+    "auc",
+    "auc_interval",
     "iterations_curve",
     "mcnemar",
     "queries_curve",
+    "share_above",
     "summarize",
+    "threshold_at",
     "wilson",
     "worst_case",
 ]

@@ -2,6 +2,7 @@
 
 from lit_adv.models.fcn import FCN
 from lit_adv.models.normalize import ImageInput, Normalize, StandardizeImage
+from lit_adv.models.pixelcnn import PixelCNN, PixelDensity
 from lit_adv.models.reparameterisation import AutoEncoder, Composed, Reparameterisation
 from lit_adv.models.resnet import ResNet
 from lit_adv.models.small import DigitsNet, ModelA, ModelB, ModelC, ModelD, StdCNN
@@ -21,6 +22,8 @@ __all__ = [
     "ModelC",
     "ModelD",
     "Normalize",
+    "PixelCNN",
+    "PixelDensity",
     "Reparameterisation",
     "ResNet",
     "SmallVGG",
