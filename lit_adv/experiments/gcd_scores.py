@@ -32,8 +32,8 @@ from lit_adv.tasks import Checkpoint
 
 NAMES = {"image": "org", "saliency": "sal", "sensitivity": "IS"}
 DETECTORS = ("org", "sal", "IS", "PD", "TWS", "MDS", "GCD", "LID", "InSen", "MDS*", "LID*")
-"""The paper's seven in the order of its table 2, then LID and the sensitivity itself, without any training; with a star,
-as published but fitted without noisy images."""
+"""The paper's seven in the order of its table 2, then LID and the sensitivity itself, without any training; a star: as
+published, but fitted without noisy images."""
 
 SLOW = ("TWS",)
 

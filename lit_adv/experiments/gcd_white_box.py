@@ -4,9 +4,9 @@
 
 Attacks three networks on the first test images: NoDET, the classifier alone; DET_IS, guarded by the sensitivity
 detector; GCD, guarded by both, which refuse. Each attacker of the tables goes against the classifier of one class more
-("direct"); FGSM-U, PGD-U, CW-U and DDN-U against the combined loss of equation (14) too, with three weights beta. PGD
-is tried once more from the image itself: at a random point of the ball an image detector is sure of what it sees, and
-its margin leads nowhere. Detectors were trained on the same attacker's grey-box images (``own``, the paper's protocol)
+("direct"), and all but DeepFool against the combined loss of equation (14) too, with three weights beta. PGD is tried
+once more from the image itself: at a random point of the ball an image detector is sure of what it sees, and its
+margin leads nowhere. Detectors were trained on the same attacker's grey-box images (``own``, the paper's protocol)
 or on those of all eight (``pooled``, what would be deployed). Records, the report of GCD with its audit, tables and
 figures lie in ``--folder``; broken off, the same command goes on where it stopped.
 """
@@ -55,8 +55,8 @@ from lit_adv.threat import ThreatModel
 from lit_adv.trial import Trial
 from lit_adv.verify import fresh_labels
 
-COMBINED = ("FGSM-U", "PGD-U", "CW-U", "DDN-U")
-"""Attackers with a combined loss, equation (14)."""
+COMBINED = ("FGSM-U", "PGD-U", "PGD-T", "CW-U", "CW-T", "DDN-U", "DDN-T")
+"""Attackers that follow equation (14) too; the paper has it for untargeted ones."""
 CONFIDENCE = 0.01
 """Kappa of C&W's combined hinges."""
 KAPPAS = (0.0, 5.0, 10.0)

@@ -120,7 +120,8 @@ def table_page(results: Sequence[Result], facts: Mapping[str, object], notes: Se
     fixed = (
         "Success in per cent: fooled (targeted: the target) and not refused, verified by a second pass; of all images "
         "that the classifier is right about, those refused when clean included, which are attacked as the others.",
-        "'eq. 14': the best of the weights beta, which stands beside it. 'every way' counts an image that any way of "
+        "'eq. 14': the best of the weights beta, which stands beside it; for targeted attackers it is ours, the paper "
+        "has it for untargeted ones alone. 'every way' counts an image that any way of "
         "this attacker broke: direct, eq. 14, from the image itself instead of a random point (PGD), and other forms "
         "of the refusal's column (targeted; product2 refuses from margin -1/2 on, so its successes are successes).",
         "own: detectors trained on the same attacker's grey-box images, as in the paper (transfer meets those of CW-U, "

@@ -1,5 +1,6 @@
 """Every composition and every file of a group builds what it names."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from lit_adv.callbacks import AttackEvaluation
 from lit_adv.cli import EvaluateCLI, TrainCLI
 from lit_adv.datamodules import Batch
+from lit_adv.datamodules.attacked import NOTE
+from lit_adv.detector import Detector
+from lit_adv.detectors import SensitivityDetector
 from lit_adv.objectives import Objective
-from lit_adv.tasks import Regression, Task
+from lit_adv.tasks import Density, Detection, Regression, Task
 from lit_adv.tasks.checkpoint import FORMAT, KEY
 from lit_adv.tasks.recipe import build_module
 
@@ -59,14 +63,37 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def put_tiny_networks(text: str, sizes: dict[str, int]) -> None:
     """Where a configuration names networks that users train, tiny ones of its data."""
-    tiny = {"class_path": "lit_adv.models.DigitsNet", "init_args": {**sizes, "filters": [2, 2], "hidden": 4}}
+    few = {**sizes, "filters": [2, 2], "hidden": 4}
+    tiny = {"class_path": "lit_adv.models.DigitsNet", "init_args": few}
     behind = {"class_path": "lit_adv.defenses.AdversarialTransformation", "init_args": {}}
     behind["init_args"] = {"classifier": tiny, "reference": tiny}
+    own = build_module(tiny)
+    tells = {**tiny, "init_args": {**few, "num_classes": 2}}
     for place in set(re.findall(r"checkpoints/\w+\.ckpt", text)):
         recipe = behind if "transformation" in place else tiny
+        if "_detector_" in place:
+            kind = f"lit_adv.detectors.{Path(place).stem.rpartition('_')[2].title()}Detector"
+            recipe = {"class_path": kind, "init_args": {"classifier": tiny, "network": tells}}
         Path(place).parent.mkdir(exist_ok=True)
-        content = {KEY: {"format": FORMAT, "model": recipe}, "state_dict": weights_of(build_module(recipe))}
+        network = own if recipe is tiny else build_module(recipe)
+        if isinstance(network, Detector):  # they serve the very network beside them
+            assert network.classifier is not None
+            network.classifier.load_state_dict(own.state_dict())
+        if isinstance(network, SensitivityDetector):
+            network.calibrate([torch.rand(2, sizes["in_channels"], sizes["image_size"], sizes["image_size"])])
+        content = {KEY: {"format": FORMAT, "model": recipe}, "state_dict": weights_of(network)}
         torch.save(content, place)
+
+
+def put_note(dims: list[int]) -> None:
+    """What an attack set says of itself, where one is to be trained on."""
+    folder = Path("runs/attacked/ddn/train")
+    folder.mkdir(parents=True)
+    data = {"name": "images", "num_classes": 10, "dims": dims}
+    note = {"split": "train", "model": "", "data": data, "attack": {"class_path": "lit_adv.attacks.DDN"}}
+    (folder / NOTE).write_text(json.dumps(note))
+    (folder.parent / "test").mkdir()
+    (folder.parent / "test" / NOTE).write_text(json.dumps({**note, "split": "test"}))
 
 
 @pytest.mark.parametrize("path", group("train"), ids=shown)
@@ -74,16 +101,24 @@ def test_training(path: Path) -> None:
     text = (path.parent / yaml.safe_load(path.read_text())["model"]).read_text()
     grey = {"in_channels": 1, "image_size": 28}
     put_tiny_networks(text, grey if "mnist" in path.stem else {"in_channels": 3, "image_size": 32})
+    put_note([1, 28, 28] if "mnist" in path.stem else [3, 32, 32])
     cli = Built(["fit", "--config", str(path), *SMALLER.get(path.stem, ()), *HERE])
     assert isinstance(cli.model, Task)
     assert isinstance(cli.model.objective, Objective)
     assert cli.trainer.max_epochs == yaml.safe_load(path.read_text())["epochs"]
-    assert cli.model.recipe["class_path"].startswith(("lit_adv.models.", "lit_adv.defenses."))
+    assert cli.model.recipe["class_path"].startswith(("lit_adv.models.", "lit_adv.defenses.", "lit_adv.detectors."))
     channels = cli.model.recipe["init_args"].get("in_channels", 3)
     image = torch.rand(1, *getattr(cli.datamodule, "dims", (channels, 32, 32)))  # pairs take their images' size
+    if isinstance(cli.model, Detection):
+        cli.model.detector.calibrate([image])
     with torch.no_grad():
         answer = cli.model.eval()(image)
-    assert answer.shape == (image.shape if isinstance(cli.model, Regression) else (1, cli.datamodule.num_classes))
+    if isinstance(cli.model, Detection):
+        assert answer.shape == (1, 2)
+    elif isinstance(cli.model, Density):
+        assert answer.shape == (1,)
+    else:
+        assert answer.shape == (image.shape if isinstance(cli.model, Regression) else (1, cli.datamodule.num_classes))
     assert cli.run_name == path.stem
     assert str(cli.config["fit"].save_as) == f"checkpoints/{path.stem}.ckpt"
 

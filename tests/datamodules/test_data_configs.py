@@ -9,7 +9,7 @@ from lit_adv.datamodules import ImageDataModule
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
-NO_IMAGES = {"pairs.yaml", "attacked.yaml"}  # pairs made by attacks, tested by themselves
+NO_IMAGES = {"pairs.yaml", "attacked.yaml", "attacked_few.yaml"}  # pairs made by attacks, tested by themselves
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.yaml")} - NO_IMAGES))
