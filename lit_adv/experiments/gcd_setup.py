@@ -20,7 +20,7 @@ from torch import nn
 from lit_adv.attack_set import make_attack_set
 from lit_adv.cli import keep_memory
 from lit_adv.datamodules import MNIST, CIFAR10Jpeg, ImageDataModule
-from lit_adv.datamodules.attacked import AttackedBatch, AttackedImages
+from lit_adv.datamodules.attacked import AttackedBatch, AttackedImages, attacked_pools
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.detector import NetworkDetector
 from lit_adv.experiments.catalogue import protocol_of
@@ -170,7 +170,9 @@ class Setup:
         protocol = self.protocol(attacker)
         data.prepare_data()
         most = len(data.dataset(split))
-        pool = 128 if wanted >= 128 else 32  # so that a small run attacks little more than it wants
+        note = attacked_pools(where).note()  # what is there goes on as it was begun
+        small = 128 if wanted >= 128 else 32  # so that a small run attacks little more than it wants
+        pool = small if note is None else int(note["pool"])
         made = make_attack_set(
             protocol.attack, self.base, data, where, split, most, wanted, pool=pool, target=protocol.target
         )
