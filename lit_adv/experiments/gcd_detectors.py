@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_adv.archive import weights_hash
-from lit_adv.datamodules.attacked import AttackedBatch
+from lit_adv.datamodules.attacked import AttackedBatch, attacked_pools
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.detectors.sensitivity import log_sensitivity
 from lit_adv.experiments.gcd_scores import DETECTORS, Bench, Scored
@@ -132,12 +132,13 @@ def areas(bench: Bench, table: dict[str, dict[str, Scored]], given: argparse.Nam
 
 def _accuracy(bench: Bench, attacker: str) -> str:
     """Of the classifier on the test images tried up to the last pair that counts."""
-    ok, failed = bench.pairs(attacker)
+    last = int(bench.setup.test(attacker).index[-1])
+    _, columns = attacked_pools(bench.setup.attacked(attacker, "test")).read()
+    attacked = int((columns["index"] == last).nonzero()[0]) + 1  # right at first; some may not have moved at all
     data = bench.setup.images()
     data.prepare_data()
-    index = data.dataset("test").index
-    tried = int((index == int(ok.index[-1])).nonzero()[0]) + 1
-    return f"{len(failed.label) / tried:.2f}"
+    tried = int((data.dataset("test").index == last).nonzero()[0]) + 1
+    return f"{int((~columns['success'][:attacked]).sum()) / tried:.2f}"
 
 
 def rates(bench: Bench, table: dict[str, dict[str, Scored]]) -> Page:
