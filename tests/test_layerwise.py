@@ -78,6 +78,20 @@ def test_triples_that_count() -> None:
     assert float(far.max()) < float(near.min())
 
 
+def test_without_noise_the_regression_sees_clean_and_adversarial_images_alone() -> None:
+    """It is that of every other pair by itself, and all pairs that the attack breaks count."""
+    clean, x_adv = pairs(60)
+    found = FirstPixels(Pixels(), [1.0], layers=["pool"], noisy=False)
+    found.fit(training(), clean, x_adv)
+    scores, truth = [], []
+    for x, y in ((clean, 0), (x_adv, 1)):
+        scores.append(found.layer_scores(x.double(), [1.0])[:, 0][::2])
+        truth.append(torch.full((len(x[::2]),), y))
+    expected = regression(torch.cat(scores), torch.cat(truth))
+    torch.testing.assert_close(torch.cat([found.coefficients, found.intercept[None]]), expected, rtol=1e-4, atol=1e-4)
+    assert int(found.triples) == len(clean)
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
