@@ -7,8 +7,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from lit_adv.detector import Detector, Images
@@ -128,6 +126,8 @@ class Layerwise(Detector):
 
     def _choose(self, found: Tensor) -> None:
         """Fit one regression per setting and keep the best; found (3, m, S, L) of clean, noisy, adversarial images."""
+        from sklearn.metrics import roc_auc_score  # slow to import, and few need it
+
         found = found if self.noisy else found[[0, 2]]
         truth = [0, 0, 1] if self.noisy else [0, 1]
         y = torch.tensor(truth, device=found.device)[:, None].expand(found.shape[:2])
@@ -158,6 +158,8 @@ def regression(scores: Tensor, y: Tensor) -> Tensor:
 
     A score that is constant gets the coefficient 0.
     """
+    from sklearn.linear_model import LogisticRegression  # slow to import, and few need it
+
     mean, spread = scores.mean(0), scores.std(0, correction=0)
     flat = spread <= 1e-12 * mean.abs().clamp_min(1e-300)
     spread = spread.masked_fill(flat, 1.0)

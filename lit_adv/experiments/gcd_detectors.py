@@ -25,7 +25,7 @@ from lit_adv.datamodules.attacked import AttackedBatch, attacked_pools
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.detectors.sensitivity import log_sensitivity
 from lit_adv.experiments.gcd_scores import DETECTORS, Bench, Scored
-from lit_adv.experiments.gcd_setup import ATTACKERS, Setup, command_line
+from lit_adv.experiments.gcd_setup import ATTACKERS, command_line
 from lit_adv.experiments.page import Page, histograms, told
 from lit_adv.metrics import auc, auc_interval, share_above, threshold_at
 from lit_adv.response import Response
@@ -241,8 +241,6 @@ def _settings(bench: Bench) -> dict[str, object]:
         "detectors' epochs": setup.epochs or "as configured", "held-out images": bench.held,
     }  # fmt: skip
 
-
-__all__ = ["Setup", "areas", "main", "matrix", "rates", "shown"]
 
 if __name__ == "__main__":
     main()

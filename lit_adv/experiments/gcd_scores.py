@@ -114,12 +114,12 @@ class Bench:
             return Checkpoint(there)  # however long it was trained
         return Checkpoint(trained(name, name, *self.density, *self.setup.flags, folder=self.setup.checkpoints))
 
-    def scored(self, name: str, attacker: str, trained_on: str | None = None) -> Scored:
-        """A detector's scores on an attacker's test pairs; ``trained_on``: another attacker that it knows."""
+    def scored(self, name: str, attacker: str) -> Scored:
+        """The scores on an attacker's test pairs of a detector that has learnt from this attacker."""
         ok, failed = self.pairs(attacker)
-        detector = self.detector(name, trained_on or attacker)
+        detector = self.detector(name, attacker)
         held = self.held_images(self.slow if name in SLOW else self.held)
-        train = self.setup.pairs([trained_on or attacker]).dataset("train").pairs
+        train = self.setup.pairs([attacker]).dataset("train").pairs
         seen = hashlib.sha256(weights_hash(detector).encode())
         for part in (ok.image, ok.x_adv, failed.x_adv, held.image, train.x_adv):
             seen.update(part.contiguous().numpy().tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from contracts.nets import Linear, Small, images
 from torch import Tensor, nn
@@ -63,3 +64,46 @@ def test_its_margin_is_differentiable_through_the_saliency() -> None:
         step = step.view(SHAPE)
         expected = (detector.margin(x + step) - detector.margin(x - step)) / (2 * h)
         torch.testing.assert_close(slope.flatten(1)[:, place], expected, rtol=1e-5, atol=1e-8)
+
+
+class Deep(nn.Module):
+    """A convolution, a rectifier and a linear layer over means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+            self.last = nn.Linear(4, 5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu().mean((2, 3)))
+
+
+def test_the_saliency_of_a_layer_is_grad_cam() -> None:
+    """A map's weight is the mean of d logit / d map; for a mean over rectified values it has a closed form."""
+    model, x = Deep(), images(3, 4, (3, 6, 8))
+    detector = SaliencyDetector(model, Channels(), layer="first")
+    view = detector.view(detector.respond(x))
+    with torch.no_grad():
+        maps = model.first(x)
+        chosen = model.last.weight[model(x).argmax(1)]  # (n, 4)
+        weight = chosen * (maps > 0).double().mean((2, 3)) / maps[0, 0].numel()
+        cam = (weight[:, :, None, None] * maps).sum(1, keepdim=True).clamp_min(0)
+        cam = nn.functional.interpolate(cam, (6, 8), mode="bilinear", align_corners=False)
+        low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(view[:, 3:], (cam - low) / (high - low).clamp_min(1e-30), rtol=1e-10, atol=1e-12)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(detector.margin(leaf).sum(), leaf)
+    step = 1e-6 * images(3, 5, (3, 6, 8))
+    with torch.no_grad():
+        rise = detector.margin(x + step) - detector.margin(x - step)
+    torch.testing.assert_close((2 * slope * step).flatten(1).sum(1), rise, rtol=1e-4, atol=1e-12)
+
+
+def test_layers_that_give_no_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match="layer must be one of the classifier's first, last, got 'second'"):
+        SaliencyDetector(Deep(), Channels(), layer="second")
+    detector = SaliencyDetector(Deep(), Channels(), layer="last")
+    with pytest.raises(ValueError, match="layer 'last' must give maps"):
+        detector.margin(images(2, 1, (3, 6, 8)))
