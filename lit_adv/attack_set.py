@@ -6,7 +6,8 @@
 
 The attack is a file of ``configs/attack``, whose target classes and budget hold too, or a class with its arguments.
 Broken off, the same command goes on where it stopped. With RANK and WORLD_SIZE set each process makes its share, and
-the images are the same as those of one process. :class:`lit_adv.datamodules.AttackedImages` serves them.
+the images are the same as those of one process: :class:`lit_adv.datamodules.AttackedImages` serves them up to the pool
+that completes what was wanted, and no others that some process may have made beyond it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import lit_adv.attacks  # noqa: F401 - so that a command line may name them without their module
@@ -31,7 +33,7 @@ from lit_adv.datamodules import Batch, ImageDataModule, ImageDataset
 from lit_adv.datamodules.attacked import attacked_pools
 from lit_adv.look import first_look, targets
 from lit_adv.oracle import QueryOracle
-from lit_adv.pools import Pools, check_least, own_device, share
+from lit_adv.pools import Pools, check_least, known_by, moved, share
 from lit_adv.protocol import Target
 from lit_adv.verify import correct, verify
 
@@ -90,7 +92,8 @@ def make_attack_set(
         split: "train" or "test".
         images: most images to try, in the split's order. first: place in it to begin at.
         wanted: end as soon as the finished pools, without a gap from the first, hold so many successes; None: all
-            images. Pools beyond that another process had under way stay, and do no harm.
+            images. Pools beyond that another process had under way stay, and are served only when more is wanted. A
+            folder keeps the largest number that was asked for.
         pool: images that are attacked together and stored in one file.
         target: target classes: none (untargeted), the next class, one drawn by (seed, index), or the least likely.
         quantise: round to k / 255 inside the ball, and judge success by what is left.
@@ -110,7 +113,7 @@ def make_attack_set(
     _check(split, target)
     check_least(1, images=images, wanted=wanted, pool=pool)
     check_least(0, first=first, budget=budget)
-    model = model if device is None else model.to(own_device(device))
+    model = moved(model, device)
     data.prepare_data()
     dataset = copy.copy(data.dataset(split))
     dataset.transform = None
@@ -119,12 +122,14 @@ def make_attack_set(
         raise ValueError(f"first must be less than the {len(dataset)} images of split {split!r}, got {first}")
     _look_first(attack, model, dataset, places, data.num_classes)
     pools = attacked_pools(folder)
+    settings = {"split": split, "first": first, "pool": pool, "target": target, "quantise": quantise, "budget": budget}
     if attack.needs_fit:
+        # before a file is written into what may be another set's folder
+        pools.refuse(identity(attack, model, data, dataset, settings), but=["learnt"])
         pools.folder.mkdir(parents=True, exist_ok=True)
         seen = data.training_images()
         attack.fit(seen.image, seen.label, str(pools.folder / "fitted.safetensors"))
-    settings = {"split": split, "first": first, "pool": pool, "target": target, "quantise": quantise, "budget": budget}
-    pools.begin(identity(attack, model, data, dataset, settings), rank)
+    pools.begin(identity(attack, model, data, dataset, settings), rank, wanted)
 
     def make(chosen: list[int]) -> dict[str, Tensor]:
         batch = dataset.__getitems__(chosen)
@@ -185,7 +190,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that decides the images, ready for JSON."""
     names = ("max_test",) if settings["split"] == "test" else ("seed", "val_split", "max_train")
-    begin = dataset.__getitems__([0])
+    ends = dataset.__getitems__([0, len(dataset) - 1])
     return {
         "attack": configuration(attack),
         "learnt": learnt(attack),
@@ -193,8 +198,9 @@ def identity(
         "data": {
             "name": data.name,
             "num_classes": data.num_classes,
-            "dims": list(begin.image.shape[1:]),
-            "first image": fingerprint(begin.image[0], int(begin.label[0])),
+            "dims": list(ends.image.shape[1:]),
+            "first image": fingerprint(ends.image[0], int(ends.label[0])),
+            "images": known_by(dataset.labels, ends.image),
             **{name: getattr(data, name) for name in names},
         },
         **settings,
@@ -252,7 +258,10 @@ def arguments(words: Sequence[str]) -> list[str]:
     path = Path(words[place])
     if path.suffix not in (".yaml", ".yml"):
         return words
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}): mend it") from None
     given = content.get("init_args") if isinstance(content, dict) else None
     if not isinstance(given, dict) or "attack" not in given:
         if isinstance(content, dict) and "class_path" in content:
@@ -275,7 +284,7 @@ def main() -> None:
 
     try:
         print(auto_cli(make_attack_set, args=arguments(sys.argv[1:]), as_positional=False))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

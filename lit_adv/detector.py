@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_adv.answers import evaluating
 from lit_adv.draws import Draws
+from lit_adv.inputs import check_images
 from lit_adv.models.frozen import Folded
 from lit_adv.response import Response, answered
 
@@ -67,9 +68,14 @@ class Detector(nn.Module, ABC):
         return
 
     def respond(self, x: Tensor) -> Response:
-        """What the classifier says of images."""
+        """What the classifier says of images.
+
+        Raises:
+            ValueError: no classifier; images of another rank, with NaN or far outside [0, 1]. TypeError: whole numbers.
+        """
         if self.classifier is None:
             raise ValueError(f"{type(self).__name__} has no classifier to ask: give one")
+        check_images(x)
         return Response(self._folded(self.classifier), x)
 
     def train(self, mode: bool = True) -> Self:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_adv.answers import dtype_of
+
 _POOLINGS = (
     nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d
 )  # fmt: skip
@@ -67,7 +69,7 @@ def features(network: nn.Module, names: Sequence[str], x: Tensor) -> list[Tensor
     Args:
         network: in eval mode.
         names: as in ``network.named_modules()``.
-        x: images (n, C, H, W).
+        x: images (n, C, H, W); given in half precision to a network in it.
 
     Raises:
         ValueError: a layer that takes no part in the forward, or whose output is no tensor (n, d, ...).
@@ -85,9 +87,11 @@ def features(network: nn.Module, names: Sequence[str], x: Tensor) -> list[Tensor
 
         return hook
 
+    dtype = dtype_of(network)
+    half = dtype in (torch.float16, torch.bfloat16)
     handles = [modules[name].register_forward_hook(keep(name)) for name in names]
     try:
-        network(x)
+        network(x.to(dtype) if half else x)
     except _Enough:
         pass
     finally:

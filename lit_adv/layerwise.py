@@ -157,7 +157,11 @@ def regression(scores: Tensor, y: Tensor) -> Tensor:
     """Logistic regression on standardised scores, (m, L): coefficients of the plain scores and intercept, (L + 1,).
 
     A score that is constant gets the coefficient 0.
+
+    Raises:
+        ValueError: the fit does not converge.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # slow to import, and few need it
 
     mean, spread = scores.mean(0), scores.std(0, correction=0)
@@ -165,8 +169,12 @@ def regression(scores: Tensor, y: Tensor) -> Tensor:
     spread = spread.masked_fill(flat, 1.0)
     scaled = ((scores - mean) / spread).masked_fill(flat, 0.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what has not converged is no fit
-        model = LogisticRegression(max_iter=10_000).fit(scaled.cpu().numpy(), y.cpu().numpy())
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            model = LogisticRegression(max_iter=10_000).fit(scaled.cpu().numpy(), y.cpu().numpy())
+        except ConvergenceWarning as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the layers' regression does not converge ({reason}): give more pairs") from None
     slope = torch.from_numpy(model.coef_[0]).to(scores).masked_fill(flat, 0.0) / spread
     return torch.cat([slope, torch.from_numpy(model.intercept_).to(scores) - (slope * mean).sum()])
 

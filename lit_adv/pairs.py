@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from lit_adv.answers import evaluating
 from lit_adv.archive import configuration, weights_hash
 from lit_adv.attacks.nattack import NAttack, NAttackState
-from lit_adv.datamodules import Batch, ImageDataModule
+from lit_adv.datamodules import Batch, ImageDataModule, ImageDataset
 from lit_adv.datamodules.pairs import KEPT, pair_pools
 from lit_adv.oracle import QueryOracle
-from lit_adv.pools import check_least, share
+from lit_adv.pools import check_least, known_by, moved, share
 from lit_adv.verify import correct
 
 _CHUNK = 512  # images in a forward; fixed, so that rounding is the same whatever the machine's memory
@@ -91,7 +91,7 @@ def make_pairs(
         budget: queries per image; None: no limit.
         rank: of this process; None: the environment's RANK, else 0. world: processes that share the work; None: the
             environment's WORLD_SIZE, else 1.
-        device: to move the model to, e.g. "cuda:0"; None: where it is.
+        device: to move the model to, e.g. "cuda", of several processes each to its own; None: where it is.
         progress: show a progress bar.
 
     Returns:
@@ -103,8 +103,8 @@ def make_pairs(
     rank, world = share(rank, world)
     _check(attack)
     check_least(1, images=images, pool=pool)
-    check_least(0, first=first)
-    model = model if device is None else model.to(device)
+    check_least(0, first=first, budget=budget)
+    model = moved(model, device)
     data.prepare_data()
     dataset = copy.copy(data.dataset("train"))  # never a test image
     dataset.transform = None
@@ -112,7 +112,7 @@ def make_pairs(
     if not len(places):
         raise ValueError(f"first must be less than the {len(dataset)} training images, got {first}")
     pools = pair_pools(folder)
-    pools.begin(identity(attack, model, data, first, pool, budget), rank)
+    pools.begin(identity(attack, model, data, dataset, first, pool, budget), rank)
 
     def make(chosen: list[int]) -> dict[str, Tensor]:
         return attacked(attack, model, dataset.__getitems__(chosen), budget)
@@ -156,16 +156,23 @@ def attacked(attack: NAttack, model: nn.Module, batch: Batch, budget: int | None
 
 
 def identity(
-    attack: NAttack, model: nn.Module, data: ImageDataModule, first: int, pool: int, budget: int | None
+    attack: NAttack,
+    model: nn.Module,
+    data: ImageDataModule,
+    dataset: ImageDataset,
+    first: int,
+    pool: int,
+    budget: int | None,
 ) -> dict[str, Any]:
     """All that decides the pairs, ready for JSON."""
     settings = {name: getattr(data, name) for name in ("seed", "val_split", "max_train")}
+    images = known_by(dataset.labels, dataset.__getitems__([0, len(dataset) - 1]).image)
     return {
         "what": "images of the training split and the means of NAttack that broke them; no evaluation images",
         "attack": configuration(attack),
         "initial": weights_hash(attack.initial) if isinstance(attack.initial, nn.Module) else None,
         "model": weights_hash(model),
-        "data": {"name": data.name, "split": "train", "num_classes": data.num_classes, **settings},
+        "data": {"name": data.name, "split": "train", "num_classes": data.num_classes, "images": images, **settings},
         "first": first,
         "pool": pool,
         "budget": budget,

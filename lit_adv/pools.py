@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from lit_adv.fingerprint import digest
+
 _SHARDS = "pool.*.safetensors"
+_NUMBERED = re.compile(r"pool\.(\d{6,})\.safetensors")
+_WANTED = "wanted.json"
 
 Columns = TypeVar("Columns", bound=tuple[Tensor, ...])
 
@@ -35,6 +40,9 @@ class Pools:
         columns: names of the tensors with one entry a finding; "index", the image's place, is among them.
         each: names of those with one entry an image tried; "tried", the image's place, is among them.
         checked: the note with the entries that readers need brought to their types; raises where it cannot.
+        later: entries of the note's "data" that notes of an earlier version lack; compared where both have them.
+        whole: refuse to read where a pool is missing or damaged; False: warn.
+        wins: the boolean column of findings that count towards what was wanted, if that can be said.
     """
 
     folder: Path
@@ -44,6 +52,9 @@ class Pools:
     columns: frozenset[str]
     each: frozenset[str]
     checked: Callable[[dict[str, Any]], dict[str, Any]]
+    later: frozenset[str] = frozenset()
+    whole: bool = False
+    wins: str | None = None
 
     def note(self) -> dict[str, Any] | None:
         """What the pools were made with; None where there is nothing.
@@ -73,17 +84,54 @@ class Pools:
             )
         return note
 
-    def begin(self, note: dict[str, Any], rank: int) -> None:
-        """Write down what the pools are made with, or refuse a folder made with something else."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def begin(self, note: dict[str, Any], rank: int, wanted: int | None = None) -> None:
+        """Write down what the pools are made with, or refuse a folder made with something else.
+
+        Args:
+            rank: of this process.
+            wanted: so many wins are served, up to the end of a pool; None: all. A folder's number grows only.
+        """
+        self.refuse(note)
+        known = self.wanted()
+        if self.note() is None:
+            if wanted is not None:  # before the note: where that stands, this does too
+                self._write(_WANTED, json.dumps({"wanted": wanted}).encode(), rank)
+            self._write(self.name, json.dumps(note, indent=1).encode(), rank)
+        elif known is not None and wanted is None:
+            (self.folder / _WANTED).unlink(missing_ok=True)
+        elif known is not None and wanted is not None and wanted > known:
+            self._write(_WANTED, json.dumps({"wanted": wanted}).encode(), rank)
+
+    def wanted(self) -> int | None:
+        """How many wins are served, up to the end of a pool; None: all.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.folder / _WANTED
+        try:
+            return int(json.loads(path.read_text())["wanted"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it and make the {self.what} again") from None
+
+    def refuse(self, note: dict[str, Any], but: Iterable[str] = ()) -> None:
+        """Refuse a folder made with something else; ``but`` names entries that are not compared.
+
+        Raises:
+            ValueError: names the entries that differ.
+        """
         there = self.note()
         if there is None:
-            part = self.folder / f".{self.name}.rank{rank}"
-            part.write_text(json.dumps(note, indent=1))
-            os.replace(part, self.folder / self.name)
             return
-        wanted = json.loads(json.dumps(note))
-        differing = [name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)]
+        given = json.loads(json.dumps(note))
+        for name in self.later:
+            if not (name in given["data"] and name in there["data"]):
+                for entries in (given, there):
+                    entries["data"].pop(name, None)
+        names = (given.keys() | there.keys()) - set(but)
+        differing = [name for name in names if given.get(name) != there.get(name)]
         if differing:
             raise ValueError(
                 f"the {self.what} in {self.folder} were made with another {', '.join(sorted(differing))} (see "
@@ -121,60 +169,144 @@ class Pools:
 
     def shards(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Numbers and contents of the pools, in order; what is damaged is passed over with a warning."""
-        for path in sorted(self.folder.glob(_SHARDS)):
-            try:
-                shard = load_file(path)
-            except (SafetensorError, OSError) as error:
-                shard, reason = {}, str(error)
-            else:
-                reason = "it lacks columns"
-            if not shard.keys() >= self.columns | self.each:
+        for number, path in self._numbered():
+            shard, reason = self._load(path)
+            if reason:
                 warnings.warn(f"{path} is damaged and passed over ({reason}): it is made again next time", stacklevel=2)
                 continue
-            yield int(path.name.split(".")[1]), shard
+            yield number, shard
 
     def look(self, number: int, names: Iterable[str]) -> dict[str, Tensor] | None:
         """Some tensors of one pool, without reading the others; None where it is missing or damaged."""
         try:
             with safe_open(self._path(number), "pt") as shard:
                 return {name: shard.get_tensor(name) for name in names}
+        except PermissionError:
+            raise
         except (SafetensorError, OSError):
             return None
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the pools were made with, and the findings of all of them in order.
+        """What the pools were made with, and their findings in order, up to the pool that completes what was wanted.
 
         Raises:
-            FileNotFoundError: there is no note, or no finding. ValueError: the note is damaged.
+            FileNotFoundError: there is no note, or no finding. ValueError: the note is damaged, or a pool is missing
+                or damaged where all must be there.
         """
-        note = self.existing_note()
-        parts = [{name: shard[name] for name in self.columns} for _, shard in self.shards()]
+        note, wanted = self.existing_note(), self.wanted()
+        parts: list[dict[str, Tensor]] = []
+        expected = wins = 0
+        for number, path in self._numbered():
+            shard, reason = self._load(path)
+            missing = self._path(expected) if number > expected else None
+            expected = number + 1
+            if self.whole and (reason or missing):
+                fault = f"{missing} is missing" if missing else f"{path} is damaged ({reason})"
+                raise ValueError(
+                    f"{fault}, so the {self.what} are not those of a whole run: run {self.maker} again as before, "
+                    "every process to its end"
+                )
+            if missing:
+                warnings.warn(f"{missing} is missing: it is made next time", stacklevel=2)
+            if reason:
+                warnings.warn(f"{path} is damaged and passed over ({reason}): it is made again next time", stacklevel=2)
+                continue
+            parts.append({name: shard[name] for name in self.columns})
+            wins += int(shard[self.wins].sum()) if self.wins else 0
+            if wanted is not None and wins >= wanted:
+                break
         if not sum(len(part["index"]) for part in parts):
             raise FileNotFoundError(f"{self.folder} holds no {self.what} yet: let {self.maker} come to its end first")
         return note, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """The pools' numbers and files, in order."""
+        found = []
+        for path in self.folder.glob(_SHARDS):
+            numbered = _NUMBERED.fullmatch(path.name)
+            if numbered is None:
+                warnings.warn(f"{path} is not named as a pool and passed over: remove it", stacklevel=3)
+            else:
+                found.append((int(numbered[1]), path))
+        return sorted(found)
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], str]:
+        """A pool's tensors, or none and what is wrong with it."""
+        try:
+            shard = load_file(path)
+            if shard.keys() >= self.columns | self.each:
+                return shard, ""
+        except PermissionError:
+            raise
+        except (SafetensorError, OSError) as error:
+            return {}, str(error)
+        return {}, "it lacks columns"
 
     def _path(self, number: int) -> Path:
         return self.folder / f"pool.{number:06d}.safetensors"
 
     def _store(self, number: int, shard: dict[str, Tensor]) -> None:
         assert shard.keys() == self.columns | self.each
-        place = self._path(number)
-        part = place.with_name(f".{place.name}.part")
-        save_file({name: value.detach().cpu().contiguous() for name, value in shard.items()}, part)
-        os.replace(part, place)
+        content = save({name: value.detach().cpu().contiguous() for name, value in shard.items()})
+        self._write(self._path(number).name, content)
+
+    def _write(self, name: str, content: bytes, rank: int | None = None) -> None:
+        """A file that is there as a whole or not at all, with the permissions of any new file."""
+        part = self.folder / (f".{name}.part" if rank is None else f".{name}.rank{rank}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            os.replace(part, self.folder / name)
+        except OSError as error:
+            raise OSError(
+                f"cannot write {name} to {self.folder} ({error}): free the disk or choose another folder; the same "
+                "command goes on with what is there"
+            ) from error
+
+
+def known_by(labels: Tensor, ends: Tensor) -> dict[str, Any]:
+    """What a data set's images are known by: how many, and a hash of all labels and of some images, ready for JSON.
+
+    Shape: labels (N,); ends (k, C, H, W), the first and the last image.
+    """
+    found = digest({"labels": labels, "ends": ends}, "")
+    return {"count": len(labels), "digest": bytes(found.tolist()).hex()[:16]}
 
 
 def share(rank: int | None, world: int | None) -> tuple[int, int]:
     """Number of this process and of all; None: as the environment's RANK and WORLD_SIZE say, else the only one.
 
     Raises:
-        ValueError: there is no such process.
+        ValueError: there is no such process, or the environment holds no whole numbers.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    rank = _whole_number("RANK", 0) if rank is None else rank
+    world = _whole_number("WORLD_SIZE", 1) if world is None else world
     if not 0 <= rank < world:
         raise ValueError(f"rank must lie in [0, world = {world}), got {rank}")
     return rank, world
+
+
+def _whole_number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"the environment's {name} must be a whole number, got {value!r}: unset it") from None
+
+
+def moved(model: nn.Module, device: str | None) -> nn.Module:
+    """The model on a device of this process's own; None: where it is.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        return model
+    try:
+        return model.to(own_device(device))
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}): choose another, e.g. cpu") from None
 
 
 def own_device(device: str) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from attacked_digits import DATA, IMAGES, MODEL, POOL, Linear, ddn, decided, fgsm, files, make, read
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lit_adv.attack_set as module
 from lit_adv.archive import weights_hash
-from lit_adv.attack_set import Made, make_attack_set
-from lit_adv.attacks import DDN, PGD, DeepFool
+from lit_adv.attack_set import Made
+from lit_adv.attacks import PGD, DeepFool
 from lit_adv.datamodules import Digits
-from lit_adv.datamodules.attacked import attacked_pools
 from lit_adv.defense import Defense
 from lit_adv.draws import Draws
 from lit_adv.look import targets
@@ -25,53 +25,6 @@ from lit_adv.oracle import QueryOracle
 from lit_adv.protocol import Protocol
 from lit_adv.threat import ThreatModel
 from lit_adv.trial import Trial
-
-IMAGES, POOL = 22, 8
-DATA = Digits(max_train=100)
-
-
-class Linear(nn.Module):
-    """A classifier of digits by ridge regression, wrong for some images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        batch = Digits().training_images(300)
-        pixels = batch.image.flatten(1).double() - 0.5
-        codes = torch.nn.functional.one_hot(batch.label, 10).double() - 0.1
-        ridge = pixels.T @ pixels + 20 * torch.eye(64, dtype=torch.float64)
-        self.weight = nn.Parameter(8 * torch.linalg.solve(ridge, pixels.T @ codes).T.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) - 0.5) @ self.weight.T
-
-
-MODEL = Linear().eval()
-
-
-def fgsm(eps: float = 0.1) -> PGD:
-    return PGD(ThreatModel("linf", eps), steps=1, step_size=eps or 1.0, random_start=False)
-
-
-def ddn(**changes: Any) -> DDN:
-    return DDN(**{"steps": 8, **changes})
-
-
-def make(folder: Path, images: int = IMAGES, **changes: Any) -> Made:
-    given: dict[str, Any] = {"attack": fgsm(), "model": MODEL, "data": DATA, "pool": POOL, **changes}
-    return make_attack_set(folder=folder, images=images, **given)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    return attacked_pools(folder).read()[1]
-
-
-def decided(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return MODEL(x).argmax(1)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +192,8 @@ def test_the_work_ends_with_the_pool_that_completes_what_is_wanted(tmp_path: Pat
     assert make(two, 80, wanted=wanted, rank=1, world=2).missing == 40
     assert make(two, 80, wanted=wanted, rank=0, world=2) == made
     assert len(files(two)) == 5 + last // 2 + 1
-    assert files(one).items() <= files(two).items()
+    assert files(one).items() <= files(two).items()  # what lies beyond is not served
+    assert all(torch.equal(value, read(two)[name]) for name, value in read(one).items())
     more = make(one, 80, wanted=wanted + each[last + 1] + 10)
     assert more.successes > made.successes
     assert make(one, 80, wanted=10_000).tried == 80
@@ -365,6 +319,11 @@ def test_an_attack_that_must_learn_learns_from_training_images(tmp_path: Path) -
 
     make(tmp_path, attack=Learning(ThreatModel("linf", 0.1), steps=2), split="test")
     assert Learning.seen == [100]
+    Learning.seen.clear()
+    with pytest.raises(ValueError, match="made with another attack"):  # before anything is learnt and written there
+        make(tmp_path, attack=Learning(ThreatModel("linf", 0.1), steps=3), split="test")
+    assert Learning.seen == []
+    make(tmp_path, attack=Learning(ThreatModel("linf", 0.1), steps=2), split="test")
     assert json.loads((tmp_path / "attack_set.json").read_text())["learnt"] == {"fitted_on": "images"}
 
 
@@ -389,6 +348,7 @@ def test_no_success_at_all_names_the_attack_and_the_remedy(tmp_path: Path) -> No
         ({"first": -1}, "first must be at least 0, got -1"),
         ({"first": 100}, "first must be less than the 100 images of split 'train', got 100"),
         ({"split": "val"}, "split must be 'train' or 'test', got 'val'"),
+        ({"device": "nonsense"}, r"device 'nonsense' cannot be used \(.*\): choose another, e.g. cpu"),
         ({"target": "nearest"}, "target must be none, next, random or least_likely, got 'nearest'"),
         ({"rank": 2, "world": 2}, r"rank must lie in \[0, world = 2\), got 2"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}, "answers 3 classes and the data set has 10"),

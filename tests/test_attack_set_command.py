@@ -43,6 +43,9 @@ def test_a_file_that_cannot_serve_is_refused(tmp_path: Path) -> None:
     config.write_text("{class_path: A, init_args: {surrogate: smooth, attack: {class_path: B}}}")
     with pytest.raises(ValueError, match=r"x.yaml says surrogate, which an attack set does not take"):
         arguments(["--attack", str(config)])
+    config.write_text("{name: [")
+    with pytest.raises(ValueError, match=r"x.yaml is no YAML \(.*\): mend it"):
+        arguments(["--attack", str(config)])
     config.write_text("{name: a}")
     with pytest.raises(ValueError, match=r"x.yaml holds no attack: give a file of configs/attack"):
         arguments(["--attack", str(config)])

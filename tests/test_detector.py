@@ -10,7 +10,7 @@ from contracts.nets import Linear, images
 from torch import Tensor, nn
 
 from lit_adv.detector import Detector, NetworkDetector, scores
-from lit_adv.detectors import ImageDetector, SensitivityDetector
+from lit_adv.detectors import ImageDetector, InputSensitivity, SensitivityDetector
 from lit_adv.draws import Draws
 from lit_adv.models import VGG, DigitsNet
 from lit_adv.response import Response
@@ -86,6 +86,22 @@ def test_buffers_of_another_size_are_read() -> None:
 def test_without_a_classifier_there_is_no_response() -> None:
     with pytest.raises(ValueError, match="Brightness has no classifier to ask: give one"):
         Brightness().respond(torch.rand(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "said"),
+    [
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), TypeError, "divide uint8 by 255"),
+        (torch.full((1, 1, 8, 8), torch.nan), ValueError, "images hold NaN or inf"),
+        (torch.full((1, 1, 8, 8), 200.0), ValueError, r"images must lie in \[0, 1\]"),
+        (torch.zeros(1, 8, 8), ValueError, r"images must be \(n, C, H, W\)"),
+    ],
+)
+def test_what_is_no_image_is_refused(x: Tensor, error: type[Exception], said: str) -> None:
+    detector = ImageDetector(DigitsNet(**SMALL), DigitsNet(num_classes=2, **SMALL))
+    for ask in (detector, detector.margin, detector.score, InputSensitivity(DigitsNet(**SMALL)).score):
+        with pytest.raises(error, match=said):
+            ask(x)
 
 
 def test_the_margin_is_the_difference_of_the_two_logits() -> None:

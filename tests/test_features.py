@@ -93,6 +93,15 @@ def test_a_layer_that_takes_no_part_is_named() -> None:
         features(InPlace(), ("idle", "hidden"), torch.zeros(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_given_images_of_its_own(dtype: torch.dtype) -> None:
+    network = DigitsNet(filters=(2, 2)).eval()
+    x = images(3, shape=(1, 8, 8), dtype=torch.float32)
+    (whole,) = features(network, ("features",), x)
+    (half,) = features(network.to(dtype), ("features",), x)
+    torch.testing.assert_close(half.float(), whole, rtol=0.05, atol=0.02)
+
+
 def test_gradients_reach_the_image() -> None:
     network = DigitsNet(filters=(2, 2)).double().eval()
     x = images(2, shape=(1, 8, 8)).requires_grad_()

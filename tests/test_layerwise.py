@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,26 @@ def test_the_regression_is_stationary_and_counts_a_constant_for_nothing(generato
     gradient = scaled + ((s - mean) / spread).T @ (p - t)
     np.testing.assert_allclose(gradient, 0, atol=1e-2)
     assert abs((p - t).sum()) < 1e-2
+
+
+def test_a_regression_that_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn import linear_model
+    from sklearn.exceptions import ConvergenceWarning
+
+    class Telling(linear_model.LogisticRegression):  # type: ignore[misc]
+        told: type[Warning] = ConvergenceWarning
+
+        def fit(self, *given: Any) -> Any:
+            warnings.warn("so it is", self.told, stacklevel=1)
+            return super().fit(*given)
+
+    monkeypatch.setattr(linear_model, "LogisticRegression", Telling)
+    scores, y = torch.randn(20, 2, dtype=torch.float64), torch.arange(20) % 2
+    with pytest.raises(ValueError, match=r"does not converge \(so it is\): give more pairs"):
+        regression(scores, y)
+    Telling.told = FutureWarning
+    with pytest.warns(FutureWarning, match="so it is"):
+        regression(scores, y)
 
 
 def test_noise_is_as_far_off_as_the_attack_and_in_the_box() -> None:

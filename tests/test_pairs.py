@@ -184,12 +184,27 @@ def test_a_folder_of_something_else_is_refused(whole: Path, changes: dict[str, A
         make(whole, **changes)
 
 
+def test_other_pixels_under_the_same_name_are_noticed(tmp_path: Path) -> None:
+    make(tmp_path, 6)
+    data = Digits(max_train=100)
+    data.white = 32
+    with pytest.raises(ValueError, match="were made with another data"):
+        make(tmp_path, 6, data=data)
+    path = tmp_path / "pairs.json"
+    note = json.loads(path.read_text())
+    del note["data"]["images"]  # as an earlier version left it
+    path.write_text(json.dumps(note))
+    assert make(tmp_path, 6).tried == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"attack": attack(schedule="samples")}, "schedule must be 'mean' to make pairs, got 'samples'"),
         ({"attack": attack(stop_at_hit=False)}, "must end at its first hit"),
         ({"images": 0}, "images must be at least 1, got 0"),
+        ({"budget": -1}, "budget must be at least 0, got -1"),
+        ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
         ({"first": 100}, "first must be less than the 100 training images, got 100"),
         ({"rank": 2, "world": 2}, r"rank must lie in \[0, world = 2\), got 2"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lit_adv.pools as module
 from lit_adv.pools import InMemory, Pools, check_least, own_device, share
 
 
@@ -95,6 +98,65 @@ def test_ranks_and_numbers_out_of_range_are_refused(monkeypatch: pytest.MonkeyPa
     check_least(1, images=1, wanted=None)
     with pytest.raises(ValueError, match="pool must be at least 1, got 0"):
         check_least(1, images=1, pool=0)
+
+
+def test_what_the_environment_says_must_be_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="the environment's RANK must be a whole number, got 'x': unset it"):
+        share(None, None)
+    assert share(1, 2) == (1, 2)
+
+
+def test_pools_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        fill(tmp_path, 4)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"note.json": 0o640, "pool.000000.safetensors": 0o640}
+
+
+def test_what_may_not_be_read_is_not_taken_for_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 4)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError("no")
+
+    for name in ("load_file", "safe_open"):
+        monkeypatch.setattr(module, name, forbidden)
+    for ask in (
+        lambda: list(pools(tmp_path).shards()),
+        lambda: pools(tmp_path).look(0, ["index"]),
+        pools(tmp_path).read,
+    ):
+        with pytest.raises(PermissionError):
+            ask()  # type: ignore[no-untyped-call]
+
+
+def test_a_full_disk_names_the_folder_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 4)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        OSError, match=rf"cannot write pool.000001.safetensors to {tmp_path} \(.*left.*\): free the disk"
+    ):
+        fill(tmp_path, 8)
+
+
+def test_a_pool_that_is_missing_is_told_or_refused(tmp_path: Path) -> None:
+    fill(tmp_path, 12)
+    (tmp_path / "pool.000001.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"pool.000001.safetensors is missing: it is made next time"):
+        _, columns = pools(tmp_path).read()
+    assert columns["index"].tolist() == [0, 2, 8, 10]
+    with pytest.raises(
+        ValueError, match=r"pool.000001.safetensors is missing, so the squares are not those of a whole"
+    ):
+        dataclasses.replace(pools(tmp_path), whole=True).read()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class AttackedDataset(InMemory[AttackedBatch]):
 class AttackedImages(LightningDataModule):
     """Pairs of image and adversarial counterpart, of one attack or of several, on one model.
 
+    Of a folder made with ``wanted`` successes those pools are served that complete them, whoever made others beyond.
     Some of the training pairs are held out for validation, by *source image*: all pairs of one image fall on one side.
     Which, is fixed by seed and index. Test pairs come from folders made of test images alone, which never
     serve in training.
@@ -65,8 +66,8 @@ class AttackedImages(LightningDataModule):
         model_hash: :func:`lit_adv.archive.weights_hash` of the model that was attacked.
 
     Raises:
-        ValueError: an argument out of its range. On reading: folders of another split, model or data set, or without
-            a pair. FileNotFoundError: nothing in a folder.
+        ValueError: an argument out of its range. On reading: folders of another split, model or data set, without a
+            pair, or with a pool that is missing or damaged. FileNotFoundError: nothing in a folder.
     """
 
     def __init__(
@@ -202,12 +203,16 @@ def attacked_pools(folder: str | Path) -> Pools:
         folder: where they lie, or shall lie.
     """
     maker = "python -m lit_adv.attack_set"
-    return Pools(Path(folder), NOTE, "adversarial images", maker, COLUMNS, frozenset({"tried"}), _checked)
+    return Pools(
+        Path(folder), NOTE, "adversarial images", maker, COLUMNS, frozenset({"tried"}), _checked,
+        later=frozenset({"images"}), whole=True, wins="success",
+    )  # fmt: skip
 
 
 def _checked(note: dict[str, Any]) -> dict[str, Any]:
     for name in ("split", "model"):
         str(note[name])
+    str(note["data"]["name"]), int(note["data"]["num_classes"])
     if len(note["data"]["dims"]) != 3 or not note["attack"]["class_path"]:
         raise ValueError("it does not say of which images, or by which attack")
     return {**note, "data": dict(note["data"])}

@@ -155,7 +155,8 @@ def pair_pools(folder: str | Path) -> Pools:
     Args:
         folder: where they lie, or shall lie.
     """
-    return Pools(Path(folder), NOTE, "pairs", "python -m lit_adv.pairs", COLUMNS, EACH, _checked)
+    maker, later = "python -m lit_adv.pairs", frozenset({"images"})
+    return Pools(Path(folder), NOTE, "pairs", maker, COLUMNS, EACH, _checked, later)
 
 
 def read_pairs(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

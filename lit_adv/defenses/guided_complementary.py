@@ -48,14 +48,18 @@ class GuidedComplementary(Defense):
 
     * ``reject``: refused: one more column, ``max logit + margin`` (``additive``). ``product``: ``(margin + 1) max
       logit`` of logits less their mean (Carlini & Wagner 2017), which agrees on every decision; ``product2``:
-      ``2 (1 + margin) max(max logit, 0)`` of their code, which refuses from margin -1/2 on.
+      ``2 (1 + margin) max(max logit, 0)`` of their code, which refuses from margin -1/2 on, and whatever the margin
+      where no logit is positive. The difference of column and largest logit is the margin for ``additive`` alone: only
+      there do losses that weigh the detector's margin (equation (14)) see the margin itself.
     * ``rectify``: its pixels to which the deciding detector's margin is most sensitive are suppressed at random
       (equations (12) and (13)), and the rectifier, the classifier fine-tuned on such images, answers.
 
-    Differentiable as it is, through the gradient map too (double backward), so every attack is aware of the detectors
-    by itself. Of a rectified image the gradient passes as if nothing had been suppressed (BPDA with the identity);
-    which detector decides, and whether, is fixed in differentiation. ``surrogate="classifier"`` attacks the classifier
-    alone (the grey box).
+    Differentiable as it is, through the gradient map too (double backward), so every attack on ``reject`` is aware of
+    the detectors by itself. On ``rectify`` it is not: no gradient leads from the margin to the answer, so nothing tells
+    an attack to hide. A rectifying defence is to be attacked also with images made against
+    ``variant(answer="reject")``, the worse case counting for each image. Of a rectified image the gradient passes as if
+    nothing had been suppressed (BPDA with the identity); which detector decides, and whether, is fixed in
+    differentiation. ``surrogate="classifier"`` attacks the classifier alone (the grey box).
 
     Args:
         classifier: f, images (n, C, H, W) in [0, 1] to logits (n, K); frozen.
@@ -297,5 +301,5 @@ def _check(defense: GuidedComplementary) -> None:
             raise ValueError(f"{name} must lie in [0, 1], got {getattr(defense, name)}")
     if not math.isfinite(defense.threshold):
         raise ValueError(f"threshold must be finite, got {defense.threshold}")
-    if defense.averages < 1:
-        raise ValueError(f"averages must be at least 1, got {defense.averages}")
+    if defense.averages < 1 or defense.averages != int(defense.averages):
+        raise ValueError(f"averages must be a whole number of at least 1, got {defense.averages}")

@@ -87,8 +87,12 @@ class Mahalanobis(Layerwise):
     def confidence(self, number: int, h: Tensor) -> Tensor:
         """Minus half the squared distance of layer ``number``'s features (n, d) to the nearest class mean, (n,)."""
         means, matrix = getattr(self, f"means_{number}"), getattr(self, f"whitening_{number}")
-        away = (h.to(means.dtype)[:, None] - means) @ matrix
-        return -away.square().sum(2).min(1).values / 2  # of equally near classes the first, gradient and all
+        h, middle = h.to(means.dtype), means.mean(0)
+        with torch.no_grad():  # (n, K), not (n, K, d); not by matrix products, which lose the small distances
+            images, classes = ((points - middle) @ matrix for points in (h, means))
+            away = torch.cdist(images, classes, compute_mode="donot_use_mm_for_euclid_dist")
+            nearest = away.argmin(1)  # of equally near classes the first, gradient and all
+        return -((h - means[nearest]) @ matrix).square().sum(1) / 2
 
     def layer_scores(self, x: Tensor, settings: Sequence[float]) -> Tensor:
         graph = x.requires_grad and torch.is_grad_enabled()

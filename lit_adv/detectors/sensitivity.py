@@ -27,7 +27,8 @@ class SensitivityDetector(NetworkDetector):
 
     * ``rms``: over one number per detector, the root mean square of all entries of the training maps; keeps the
       magnitude, which is what tells.
-    * ``signed_log``: ``sign(g) log(1 + |g| / tau)``, tau the 0.9-quantile of |g| of the clean training maps;
+    * ``signed_log``: ``sign(g) log(1 + |g| / tau)``, tau the 0.9-quantile of |g| of the clean training maps, or of the
+      first of them, some 2^24 entries;
       for deep networks, whose maps span many decades.
     * ``none``: as they are.
     * ``image``: each map over its own root mean square, which removes the magnitude: an ablation.
@@ -60,7 +61,8 @@ class SensitivityDetector(NetworkDetector):
         if self.scaling == "none":
             return gradient
         if self.scaling == "image":
-            size = gradient.flatten(1).norm(dim=1) / math.sqrt(gradient[0].numel() if len(gradient) else 1)
+            entries = math.sqrt(gradient[0].numel() if len(gradient) else 1)
+            size = (gradient.flatten(1).double().norm(dim=1) / entries).to(gradient.dtype)  # squares vanish in float32
             return gradient / size.clamp_min(1e-30)[:, None, None, None]
         if not self.scale:
             raise ValueError(

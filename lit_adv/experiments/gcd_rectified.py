@@ -41,14 +41,6 @@ TRAINED: dict[tuple[str, str, str], tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Configuration and flags of the adversarially trained networks, by data, size and column."""
 
-DENSITY: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mnist": ("mnist_pixelcnn", (
-        _CPU, "--trainer.precision=bf16-mixed", "--trainer.callbacks+=lit_adv.callbacks.ChannelsLast",
-        "--data.max_train=12000", "--data.val_split=1000", "--data.batch_size=32", "--epochs=4",
-    )),
-    "cifar10_jpeg": ("cifar10_pixelcnn", ()),
-}  # fmt: skip
-
 _KEY = -29  # of the draws here
 _CHUNK = 128
 
@@ -83,7 +75,7 @@ def clean_images(setup: Setup, most: int) -> Images:
 def attacked_images(setup: Setup, attacker: str) -> Images:
     """All test images right at first, attacked, up to the success that completes the number wanted.
 
-    Where the attack failed, its last candidate counts.
+    Where the attack failed its last candidate counts, or, of an attack without a radius, the image as it was.
     """
     _, columns = attacked_pools(setup.attacked(attacker, "test")).read()
     success = columns["success"]
@@ -130,7 +122,10 @@ class Bench:
         flags += [f"--model.model.{key}={value}" for key, value in
                   (("alpha", alpha), ("mode", self.mode), ("share", self.share))]  # fmt: skip
         flags += [] if self.epochs is None else [f"--epochs={self.epochs}"]
-        return trained(name, f"{stem}_rectifier", *flags, *setup.flags, folder=setup.checkpoints)
+        return trained(
+            name, f"{stem}_rectifier", *flags, *setup.flags, folder=setup.checkpoints,
+            learnt_from=setup.learnt_from(attackers),
+        )  # fmt: skip
 
     def rectified(self, attackers: Sequence[str], alpha: float) -> GuidedComplementary:
         """The defence that rectifies, its detectors and rectifier trained on these attackers' training images.
@@ -162,18 +157,9 @@ class Bench:
         if name == "tvm":
             return TotalVariation(setup.base).eval()
         if name == "pd":
-            config, flags = DENSITY[setup.data]
-            return PixelDefend(setup.base, self._network(config, flags), EPS_D[setup.data]).eval()
+            return PixelDefend(setup.base, setup.density(), EPS_D[setup.data]).eval()
         known = TRAINED.get((setup.data, setup.size, name))
-        return None if known is None else self._network(*known)
-
-    def _network(self, config: str, flags: Sequence[str]) -> nn.Module:
-        there = self.setup.checkpoints / f"{config}.ckpt"
-        if self.setup.config is None and there.is_file():
-            return Checkpoint(there)  # however it was trained: the page tells its weights
-        further = [] if self.setup.config is None else ["--config", str(self.setup.config)]
-        name = config if self.setup.config is None else f"{self.setup.tag}_{config}"
-        return Checkpoint(trained(name, config, *flags, *further, *self.setup.flags, folder=self.setup.checkpoints))
+        return None if known is None else setup.network(*known)
 
     def decisions(self, model: nn.Module, images: Images) -> Tensor:
         """Predicted classes (n,)."""
@@ -193,7 +179,7 @@ class Bench:
             answers = [label(model, x, draws) for model in (defence, every, bare)]
             return torch.stack([*answers, flagged, defence.suspects(x).flatten(1).sum(1)], 1)
 
-        return self.kept({"judged": weights_hash(defence)}, images, ask, defence)
+        return self.kept({"judged": _hash(defence)}, images, ask, defence)
 
     def passed(self, defence: GuidedComplementary, images: Images) -> Tensor:
         """The class that comes out, and whether the detectors flag the image: (n, 2)."""
@@ -201,7 +187,7 @@ class Bench:
         def ask(x: Tensor, draws: Draws) -> Tensor:
             return torch.stack([label(defence, x, draws), (defence.margin(x) > defence.threshold).long()], 1)
 
-        return self.kept({"passed": weights_hash(defence)}, images, ask, defence)
+        return self.kept({"passed": _hash(defence)}, images, ask, defence)
 
     def swept(
         self, defence: GuidedComplementary, images: Images, alphas: Sequence[float], modes: Sequence[MaskMode]
@@ -222,7 +208,7 @@ class Bench:
                     found += [network(patched).argmax(-1) for network in (rectifier, defence.classifier)]
             return torch.stack(found, 1)
 
-        what = {"swept": weights_hash(defence), "alphas": list(alphas), "modes": list(modes)}
+        what = {"swept": _hash(defence), "alphas": list(alphas), "modes": list(modes)}
         return self.kept(what, images, ask, defence).view(len(images.x), len(modes), len(alphas), 2)
 
     def kept(self, what: Mapping[str, Any], images: Images, ask: Ask, *models: nn.Module) -> Tensor:
@@ -251,6 +237,12 @@ class Bench:
                 {},
             )
         return torch.tensor([found[row] for row in range(len(prints))], dtype=torch.int64)
+
+
+def _hash(defence: GuidedComplementary) -> str:
+    """Of a defence whose networks share the classifier, as after its first call: the same before and after that."""
+    defence._settle()
+    return weights_hash(defence)
 
 
 JUDGED = ("pipeline", "oracle", "without fine-tuning", "flagged", "suspects")

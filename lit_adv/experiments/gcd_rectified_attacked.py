@@ -20,7 +20,7 @@ from lit_adv.attacks import DDN, PGD, Square, Transfer
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.evaluation import evaluate
 from lit_adv.experiments.gcd_rectified import Bench
-from lit_adv.experiments.gcd_setup import ALPHA, ATTACKERS, Setup, command_line
+from lit_adv.experiments.gcd_setup import ALPHA, ATTACKERS, Setup, at_least, command_line
 from lit_adv.experiments.page import Page, told
 from lit_adv.losses import Combined
 from lit_adv.metrics import Records, wilson, worst_case
@@ -72,8 +72,8 @@ NOTES = (
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=50, help="test images, from the first on")
-    parser.add_argument("--queries", type=int, default=1000, help="of Square, per image")
+    parser.add_argument("--images", type=at_least(1), default=50, help="test images, from the first on")
+    parser.add_argument("--queries", type=at_least(1), default=1000, help="of Square, per image")
 
 
 def ways(setup: Setup, defence: GuidedComplementary, given: argparse.Namespace) -> dict[str, list[Protocol]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lit_adv.archive import weights_hash
 from lit_adv.evaluation import evaluate
 from lit_adv.experiments.gcd_rectified import ALPHA_TARGETED, JUDGED, Bench, Images, attacked_images, clean_images
-from lit_adv.experiments.gcd_setup import ALPHA, ATTACKERS, command_line
+from lit_adv.experiments.gcd_setup import ALPHA, ATTACKERS, at_least, command_line, share
 from lit_adv.experiments.page import Curve, Page, figure, told
 from lit_adv.metrics.summary import wilson
 from lit_adv.suppression import MaskMode
@@ -55,7 +55,7 @@ PAPER: dict[str, dict[str, tuple[str, ...]]] = {
         "CW-U": (".75", ".73", ".70", ".63", ".34", ".00"),
         "CW-T": (".74", ".75", ".45", ".46", ".33", ".00"),
         "DDN-U": (".75", ".74", ".66", ".52", ".34", ".00"),
-        "DDN-T": (".74", ".75", ".53", ".43", ".34", ".00"),
+        "DDN-T": (".75", ".75", ".53", ".43", ".34", ".00"),
     },
 }
 """The paper's table 5: accuracy, by attacker, of its columns."""
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--clean", type=int, default=1000, help="clean test images, from the first on")
+    add("--clean", type=at_least(1), default=1000, help="clean test images, from the first on")
     add(
         "--columns",
         nargs="*",
@@ -145,11 +145,11 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         help="of other defences",
     )
     add("--pooled", action=argparse.BooleanOptionalAction, default=True, help="also detectors that learnt from all")
-    add("--own", type=int, default=50, help="images of attacks on the adversarially trained networks; 0: none")
-    add("--rectifier_epochs", type=int, default=None, help="of fine-tuning; default: as configured")
-    add("--averages", type=int, default=1, help="draws of a rectified image whose probabilities are averaged")
+    add("--own", type=at_least(0), default=50, help="images of attacks on the adversarially trained networks; 0: none")
+    add("--rectifier_epochs", type=at_least(1), default=None, help="of fine-tuning; default: as configured")
+    add("--averages", type=at_least(1), default=1, help="draws of a rectified image whose probabilities are averaged")
     add("--mode", choices=MODES, default="threshold", help="how suspects are chosen; equation (12): threshold")
-    add("--share", type=float, default=0.5, help="probability with which a suspect is replaced")
+    add("--share", type=share, default=0.5, help="probability with which a suspect is replaced")
     add("--sweep", action=argparse.BooleanOptionalAction, default=True, help="figure 6")
 
 
@@ -228,7 +228,8 @@ def table(
         rest = [_mean(pooled[name].right(column)) for column in JUDGED[:2]] if pooled else []
         for column, found in columns.items():
             rest += [_mean(found[name])]
-            rest += [percent(owns[column][name].accuracy)] if column in owns else []
+            itself = percent(owns[column][name].accuracy) if column in owns else ""
+            rest += [f"({itself})" if ATTACKERS[name].family == "l2" else itself] if column in owns else []
         rest += [_mean(others["f"][name]), *_papers(data, name)]
         rows.append(row + (rest if first or not again else [""] * len(rest)))
     return Page("GCD: rectification (table 5), accuracy in per cent", settings, heads, rows, notes)
@@ -267,15 +268,16 @@ def end_to_end(lines: Sequence[Line], owns: Owns, settings: dict[str, object]) -
     for line in lines:
         broken, pipeline = line.images.success, line.right("pipeline")
         clean, attacked = line.clean_right.double().mean(), pipeline.double().mean()
-        share = line.judged[:, JUDGED.index("suspects")].double() / line.images.x[0].numel()
+        masked = line.judged[:, JUDGED.index("suspects")].double() / line.images.x[0].numel()
         oracle = line.right("oracle")[broken]
         rows.append([
             line.attacker, "all, pooled" if line.who == "pooled" else "this attacker", f"{line.alpha:.2f}",
-            _mean(line.flagged[broken]), _mean(line.passed[:, 1]), f"{100 * share.mean():.1f}", percent(float(clean)),
+            _mean(line.flagged[broken]), _mean(line.passed[:, 1]), f"{100 * masked.mean():.1f}", percent(float(clean)),
             percent(float(attacked)), interval(wilson(int(pipeline.sum()), len(pipeline))),
             percent(float(clean + attacked) / 2), f"{int(broken.sum())}", _mean(pipeline[broken]), _mean(oracle),
             interval(wilson(int(oracle.sum()), len(oracle))), _mean(line.right("without fine-tuning")[broken]),
-            *(f"{owns[name][line.attacker].moved:.2f}" for name in owns),
+            *(f"{one[line.attacker].moved:.2f}" if ATTACKERS[line.attacker].family == "l2" else ""
+              for one in owns.values()),
         ])  # fmt: skip
     notes = [
         "found: adversarial images that fooled f and that the detectors flag; false alarms: clean images flagged, then "
@@ -285,7 +287,8 @@ def end_to_end(lines: Sequence[Line], owns: Owns, settings: dict[str, object]) -
     if owns:
         notes.append(
             "median L2 to break it: of the successes of the same attack made on the network itself. An L2 attack "
-            "without a radius breaks every network; how far it must go tells them apart."
+            "without a radius breaks every network; how far it must go tells them apart. Blank for attackers of a "
+            "fixed radius, who use all of it."
         )
     return Page("GCD: rectification, end to end, in per cent", settings, heads, rows, notes)
 
@@ -303,16 +306,16 @@ def sweep(bench: Bench, attacked: dict[str, Images], given: argparse.Namespace) 
             for n, network in enumerate(("f_rec", "f")):
                 values = right[m, :, n].tolist()
                 curves.setdefault((mode, network), []).append(Curve(attacker, ALPHAS, values))
-                best = max(range(len(ALPHAS)), key=values.__getitem__)
-                where = "inside" if 0 < best < len(ALPHAS) - 1 else "at the end"
-                rows.append([attacker, mode, network, f"{trained_at:.2f}" if network == "f_rec" else "",
-                             *(f"{value:.1f}" for value in values), f"{ALPHAS[best]}, {where}"])  # fmt: skip
-    heads = ["attacker", "mode", "network", "fine-tuned at alpha", *(f"{alpha}" for alpha in ALPHAS), "best alpha"]
+                rows.append([attacker, mode, network, f"{trained_at:.2f}, {bench.mode}" if network == "f_rec" else "",
+                             *(f"{value:.1f}" for value in values), best_alphas(values, len(found))])  # fmt: skip
+    heads = ["attacker", "mode", "network", "fine-tuned at alpha", *(f"{alpha}" for alpha in ALPHAS),
+             "best alpha, on these images"]  # fmt: skip
     notes = [
         f"Accuracy in per cent over the successes on f, all of them rectified, at each alpha; {FINDING}.",
         "threshold: equation (12) as printed, where a larger alpha suspects fewer values; quantile: the share alpha of "
         "largest sensitivity. f_rec was fine-tuned at one alpha and is asked at all; f is the classifier as it is.",
-        "The same random numbers at every alpha.",
+        "The same random numbers at every alpha. Best alpha: all within one image of the best; - where all are equal; "
+        "chosen on the very images that are shown.",
     ]
     page = Page("GCD: accuracy against alpha (figure 6)", _settings(bench, given), heads, rows, notes)
     names = {"f_rec": "the rectifier f_rec", "f": "f without fine-tuning"}
@@ -324,6 +327,21 @@ def sweep(bench: Bench, attacked: dict[str, Images], given: argparse.Namespace) 
     return page, pictures
 
 
+def best_alphas(values: Sequence[float], images: int) -> str:
+    """The alphas within one image of the best, in ranges, and whether an end is among them.
+
+    Args:
+        values: accuracy at each of ``ALPHAS``, in per cent. images: that it was measured on.
+    """
+    if len(set(values)) == 1:
+        return "-"
+    best = [n for n, value in enumerate(values) if value >= max(values) - 100 / images - 1e-6]
+    starts = [n for n in best if n - 1 not in best]
+    ends = [n for n in best if n + 1 not in best]
+    ranges = [f"{ALPHAS[a]}" if a == b else f"{ALPHAS[a]}-{ALPHAS[b]}" for a, b in zip(starts, ends, strict=True)]
+    return f"{', '.join(ranges)}: " + ("at the end" if {0, len(ALPHAS) - 1} & {*best} else "inside")
+
+
 def _notes(bench: Bench, models: dict[str, nn.Module | None], given: argparse.Namespace) -> list[str]:
     setup = bench.setup
     lacking = [BASELINES[name] for name, model in models.items() if model is None]
@@ -333,14 +351,17 @@ def _notes(bench: Bench, models: dict[str, nn.Module | None], given: argparse.Na
     drawn = "once" if given.averages == 1 else f"{given.averages} times, and the probabilities averaged"
     notes = [
         "Denominator: all test images right at first that were attacked, up to the one that completes the wanted "
-        "number of successes on f (test pairs); where the attack failed its last candidate counts. The clean line: the "
+        "number of successes on f (test pairs); where an attack of a fixed radius failed its last candidate counts, "
+        "where another did the clean image. The clean line: the "
         f"first {given.clean} test images, right at first or not; for ours the mean over the attackers' defences.",
         "pipeline: the detectors decide, an image judged clean is answered by f, the others by f_rec on suppressed "
         "images. oracle: every attacked image goes to f_rec, or to f itself (without fine-tuning).",
-        "All attacks were made on f alone and know of no defence: figures of this table are no robustness. What an "
-        "attacker achieves who knows the detectors is a table of its own (gcd_white_box); an adversarially trained "
-        "network is shown against attacks on itself, too, of "
-        f"the first {given.own} test images those it gets right.",
+        "All attacks were made on f alone and know of no defence: figures of this table are no robustness. The "
+        "rectifying pipeline was not attacked itself here: attacks on it, and on the detectors where they refuse, are "
+        "tables of their own (gcd_rectified_attacked, gcd_white_box). An adversarially trained network is shown "
+        f"against attacks on itself, too, of the first {given.own} test images those it gets right; in brackets: 0 by "
+        "construction without a radius, but for images whose attack found nothing; how far such an attack must go "
+        "stands on the second page.",
         f"Each rectified image was drawn {drawn}; f_rec saw patches of the attacker's training images.",
         "The paper's figures: Li et al. 2020, table 5, VGG-11; its MNIST block starts from a base accuracy of .92, "
         "unlike its other tables (.99).",

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_adv.archive import weights_hash
 from lit_adv.datamodules import Batch
-from lit_adv.datamodules.attacked import AttackedBatch, AttackedImages
+from lit_adv.datamodules.attacked import AttackedBatch, attacked_pools
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.detector import Detector, scores
 from lit_adv.detectors import (
@@ -27,8 +27,6 @@ from lit_adv.detectors import (
 )
 from lit_adv.draws import Draws
 from lit_adv.experiments.gcd_setup import KINDS, Setup
-from lit_adv.experiments.trained import trained
-from lit_adv.tasks import Checkpoint
 
 NAMES = {"image": "org", "saliency": "sal", "sensitivity": "IS"}
 DETECTORS = ("org", "sal", "IS", "PD", "TWS", "MDS", "GCD", "LID", "InSen", "MDS*", "LID*")
@@ -42,8 +40,9 @@ class Scored(NamedTuple):
     """Scores of one detector, larger for suspicion, in float64.
 
     Attributes:
-        clean, adversarial: of the test pairs, row by row. failed: of attacked test images that the classifier still
-            gets right. held: of clean training-split images that no detector has learnt from, to set thresholds by.
+        clean, adversarial: of the test pairs, row by row. failed: of attacked test images whose attack did not reach
+            its goal, another class or its target, moved or not. held: of clean training-split images that no detector
+            has learnt from, to set thresholds by.
         own: threshold that the detector itself decides by; NaN where it has none.
     """
 
@@ -71,14 +70,15 @@ class Bench:
 
     Args:
         setup: networks and attack sets. folder: scores are kept there. held: clean images to set thresholds by; those
-            of slow detectors are ``slow`` of them. density: flags of the density's training.
+            of slow detectors are ``slow`` of them. density: flags of the density's training; None: the
+            usual ones.
     """
 
     setup: Setup
     folder: Path
     held: int = 1000
     slow: int = 200
-    density: tuple[str, ...] = ()
+    density: tuple[str, ...] | None = None
 
     def detector(self, name: str, attacker: str) -> Detector:
         """A detector by its name in the tables, trained on this attacker's successes; not fitted yet."""
@@ -89,7 +89,7 @@ class Bench:
             return Ensemble(self.setup.defence([attacker]))
         base = self.setup.base
         if name == "PD":
-            return Likelihood(base, self._density())
+            return Likelihood(base, self.setup.density(self.density))
         made: dict[str, Callable[[], Detector]] = {
             "TWS": lambda: TurningWeakness(base, **self._tws()),
             "MDS": lambda: Mahalanobis(base),
@@ -106,13 +106,6 @@ class Bench:
             return {}
         return {"sigma": 0.01, "targeted_step_size": 5e-4, "targeted_eps": 0.5, "untargeted_step_size": 1.0,
                 "untargeted_eps": 0.5}  # fmt: skip
-
-    def _density(self) -> nn.Module:
-        name = {"mnist": "mnist_pixelcnn", "cifar10_jpeg": "cifar10_pixelcnn"}[self.setup.data]
-        there = self.setup.checkpoints / f"{name}.ckpt"
-        if there.is_file():
-            return Checkpoint(there)  # however long it was trained
-        return Checkpoint(trained(name, name, *self.density, *self.setup.flags, folder=self.setup.checkpoints))
 
     def scored(self, name: str, attacker: str) -> Scored:
         """The scores on an attacker's test pairs of a detector that has learnt from this attacker."""
@@ -145,14 +138,11 @@ class Bench:
     def pairs(self, attacker: str) -> tuple[AttackedBatch, AttackedBatch]:
         """The test pairs whose attack succeeded, and the failures among the images tried up to the last of them."""
         ok = self.setup.test(attacker)
-        folder = str(self.setup.attacked(attacker, "test"))
-        train = str(self.setup.attacked(attacker, "train"))
-        every = AttackedImages(train, folder, keep_failures=True).dataset("test").pairs
-        succeeded = AttackedImages(train, folder).dataset("test").pairs.index
-        last = int((every.index == ok.index[-1]).nonzero()[-1])
-        rows = (~torch.isin(every.index, succeeded)).nonzero().squeeze(1)
-        rows = rows[rows < last]
-        return ok, AttackedBatch(*(column[rows] for column in every))
+        _, columns = attacked_pools(self.setup.attacked(attacker, "test")).read()
+        last = int((columns["index"] == ok.index[-1]).nonzero()[-1])
+        rows = (~columns["success"][:last]).nonzero().squeeze(1)
+        columns |= {"place": torch.arange(len(columns["index"])), "attack": torch.zeros_like(columns["index"])}
+        return ok, AttackedBatch(**{name: columns[name][rows] for name in AttackedBatch._fields})
 
     def held_images(self, most: int) -> Batch:
         """Clean images held out of the base network's training, which no detector has seen."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from lit_adv.archive import weights_hash
 from lit_adv.attack_set import make_attack_set
 from lit_adv.cli import keep_memory
 from lit_adv.datamodules import MNIST, CIFAR10Jpeg, ImageDataModule
@@ -73,6 +75,14 @@ ATTACKERS: dict[str, Attacker] = {
 
 ALPHA = {"mnist": 0.55, "cifar10_jpeg": 0.65}
 """The paper's, against untargeted attacks; a defender does not know which it faces."""
+
+DENSITY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mnist": ("mnist_pixelcnn", (
+        "--data.max_train=12000", "--data.val_split=1000", "--data.batch_size=32", "--epochs=4",
+    )),
+    "cifar10_jpeg": ("cifar10_pixelcnn", ()),
+}  # fmt: skip
+"""Configuration and flags of the density's training."""
 
 KINDS = ("image", "sensitivity", "saliency")
 """The detectors that are trained networks."""
@@ -191,6 +201,25 @@ class Setup:
         """The test pairs of an attacker: at most ``test_pairs`` successes."""
         return self.pairs([attacker]).dataset("test").pairs
 
+    def network(self, config: str, flags: Sequence[str] = ()) -> nn.Module:
+        """A further network, of a configuration and flags; under ``config`` it has a name of its own."""
+
+        def make() -> nn.Module:
+            there = self.checkpoints / f"{config}.ckpt"
+            if self.config is None and there.is_file():
+                return Checkpoint(there)  # however it was trained: the page tells its weights
+            name = config if self.config is None else f"{self.tag}_{config}"
+            further = [] if self.config is None else ["--config", str(self.config)]
+            return Checkpoint(trained(name, config, *flags, *further, *self.flags, folder=self.checkpoints))
+
+        found: nn.Module = self._once(("network", config, *flags), make)
+        return found
+
+    def density(self, flags: Sequence[str] | None = None) -> nn.Module:
+        """The density of clean images, trained if it is missing; ``flags`` instead of the usual ones."""
+        config, usual = DENSITY[self.data]
+        return self.network(config, usual if flags is None else flags)
+
     def detector_path(self, kind: str, attackers: Sequence[str]) -> Path:
         """The checkpoint of a detector trained on the successes of these attackers, trained if it is missing."""
         stem = {"mnist": f"mnist_{self.size}", "cifar10_jpeg": "cifar10_vgg11"}[self.data]
@@ -201,7 +230,17 @@ class Setup:
         flags = [f"--data.train={folders}", "--data.test=null", f"--data.max_pairs={self.train_pairs}"]
         flags += [f"--model.model.classifier.path={self.base_path}"]
         flags += [] if self.epochs is None else [f"--epochs={self.epochs}"]
-        return trained(name, f"{stem}_detector_{kind}", *flags, *self.flags, folder=self.checkpoints)
+        return trained(
+            name, f"{stem}_detector_{kind}", *flags, *self.flags, folder=self.checkpoints,
+            learnt_from=self.learnt_from(attackers),
+        )  # fmt: skip
+
+    def learnt_from(self, attackers: Sequence[str]) -> dict[str, str]:
+        """Hashes of the base network and of how these attackers' training images were made, for a training's note."""
+        notes = [attacked_pools(self.attacked(name, "train")).existing_note() for name in attackers]
+        made = [[note[key] for key in ("model", "split", "attack", "target")] for note in notes]
+        sets = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return {"base network": weights_hash(self.base)[:16], "attack sets": sets[:16]}
 
     def detector(self, kind: str, attackers: Sequence[str]) -> NetworkDetector:
         """A trained detector, its classifier the base network itself."""
@@ -221,6 +260,24 @@ class Setup:
 _DATA = {"cifar10_jpeg": Path(__file__).resolve().parents[2] / "configs" / "data" / "cifar10_jpeg.yaml"}
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For a command line: a whole number from ``least`` on."""
+
+    def whole(word: str) -> int:
+        if int(word) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {word}")
+        return int(word)
+
+    return whole
+
+
+def share(word: str) -> float:
+    """For a command line: a number in [0, 1]."""
+    if not 0 <= float(word) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {word}")
+    return float(word)
+
+
 def command_line(
     doc: str | None, arguments: Sequence[str] | None, folder: Path, more: Callable[[argparse.ArgumentParser], None]
 ) -> tuple[argparse.Namespace, Setup]:
@@ -230,20 +287,22 @@ def command_line(
     add("--data", choices=("mnist", "cifar10_jpeg"), default="mnist")
     add("--size", choices=("small", "vgg11"), default=None, help="of base and detectors; mnist: small, else vgg11")
     add("--attackers", nargs="+", default=list(ATTACKERS), choices=list(ATTACKERS), metavar="NAME")
-    add("--train_pairs", type=int, default=600, help="pairs per attack that detectors learn from")
-    add("--test_pairs", type=int, default=200, help="pairs per attack that they are tested on")
-    add("--epochs", type=int, default=None, help="of the detectors; default: as configured")
+    add("--train_pairs", type=at_least(1), default=600, help="pairs per attack that detectors learn from")
+    add("--test_pairs", type=at_least(1), default=200, help="pairs per attack that they are tested on")
+    add("--epochs", type=at_least(1), default=None, help="of the detectors; default: as configured")
     add("--config", type=Path, default=None, help="further configuration of the base network's training")
     add("--train", nargs="*", default=[], metavar="FLAG", help="flags of every training, e.g. trainer.precision=...")
     add("--folder", type=Path, default=folder, help="records, tables, figures")
     add("--sets", type=Path, default=Path("runs/attacked"), help="where adversarial images lie")
     add("--checkpoints", type=Path, default=Path("checkpoints"), help="where networks lie")
-    add("--threads", type=int, default=1, help="threads of the processor")
+    add("--threads", type=at_least(1), default=1, help="threads of the processor")
     more(parser)
     given = parser.parse_args(arguments)
     if given.config is not None and not given.config.is_file():
         parser.error(f"--config {given.config}: there is no such file")
     size = given.size or ("small" if given.data == "mnist" else "vgg11")
+    if size == "small" and given.data != "mnist":
+        parser.error(f"--size {size}: for {given.data} there is vgg11 alone")
     torch.set_num_threads(given.threads)
     keep_memory()
     setup = Setup(

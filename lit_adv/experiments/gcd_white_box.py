@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_adv.archive import weights_hash
 from lit_adv.attack import Attack
@@ -35,6 +35,7 @@ from lit_adv.defenses.guided_complementary import Column
 from lit_adv.evaluation import evaluate
 from lit_adv.experiments.gcd_setup import ATTACKERS, Setup, command_line
 from lit_adv.experiments.gcd_white_box_alarms import on_alarms, refuses
+from lit_adv.experiments.gcd_white_box_probes import probed
 from lit_adv.experiments.gcd_white_box_table import (
     BLACK,
     DIRECT,
@@ -46,6 +47,7 @@ from lit_adv.experiments.gcd_white_box_table import (
     robust_page,
     table_page,
 )
+from lit_adv.experiments.starts import OtherImages
 from lit_adv.inputs import class_count
 from lit_adv.losses import Combined
 from lit_adv.metrics import Records
@@ -94,22 +96,16 @@ class Target:
     model: nn.Module
 
 
-class OtherImages:
-    """Where an attack by labels may begin: of each image the nearest of another class (or of the target's).
+class Found(NamedTuple):
+    """What came of all attacks on one network.
 
-    Noise is no beginning where a detector refuses it.
-
-    Args:
-        images, labels: training images (n, C, H, W) and their classes (n,).
+    Attributes:
+        results: way by way. notes: what the audit says. probes: records of the audit's own attacks.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self._images, self._labels = images, labels
-
-    def __call__(self, x0: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-        allowed = self._labels != y[:, None] if target is None else self._labels == target[:, None]
-        far = torch.cdist(x0.flatten(1), self._images.to(x0.dtype).flatten(1)).masked_fill(~allowed, inf)
-        return self._images[far.argmin(1)].to(x0.dtype)
+    results: list[Result]
+    notes: list[str]
+    probes: list[Records]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
@@ -120,16 +116,29 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--images", type=int, default=100, help="test images, from the first on")
-    add("--query_images", type=int, default=50, help="of them for attacks by queries")
-    add("--queries", type=int, default=2000, help="of an image in attacks by queries")
+    add("--images", type=_at_least(1, int), default=100, help="test images, from the first on")
+    add("--query_images", type=_at_least(1, int), default=50, help="of them for attacks by queries")
+    add("--queries", type=_at_least(1, int), default=2000, help="of an image in attacks by queries")
     add("--detectors", nargs="+", choices=("own", "pooled"), default=["own", "pooled"])
-    add("--betas", nargs="+", type=float, default=[0.1, 1.0, 10.0], help="weights of the detector in equation (14)")
+    weight = _at_least(0, float)
+    add("--betas", nargs="+", type=weight, default=[0.1, 1.0, 10.0], help="weights of the detector in equation (14)")
     columns = ("additive", "product", "product2")
     add("--columns", nargs="+", choices=columns, default=list(columns), help="forms of the refusal in targeted attacks")
     extras = (FROM_IMAGE, TRANSFER, BLACK)
     add("--extras", nargs="*", choices=extras, default=list(extras), help="further attacks; nothing: none")
-    add("--audit", type=int, default=16, help="test images that the audit of GCD looks at; 0: no audit")
+    add("--audit", type=_at_least(0, int), default=16, help="test images that the audit of GCD looks at; 0: no audit")
+
+
+def _at_least(least: int, kind: Callable[[str], float]) -> Callable[[str], float]:
+    """How a number is read from the command line, which a bad one ends in one line."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < inf:
+            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, got {text}")
+        return value
+
+    return number
 
 
 def measured(setup: Setup, given: argparse.Namespace) -> list[Path]:
@@ -146,24 +155,49 @@ def measured(setup: Setup, given: argparse.Namespace) -> list[Path]:
     folder = given.folder / setup.tag
     results: list[Result] = []
     notes: list[str] = []
+    probes: dict[tuple[str, str, str], list[Records]] = {}
+    guards: dict[str, str] = {}
     known = {name: ways(setup, given, name) for name in given.attackers}
+    told = {name: lines[0].protocol for name, lines in known.items()}
     for target, lines in _targets(setup, given, known, OtherImages(train.image, train.label)):
-        found, remarks = attacked(target, lines, setup.base, batch, given, folder)
-        results += found
-        notes += remarks
-    facts = settings(setup, given, batch)
+        found = attacked(target, lines, setup.base, batch, given, folder)
+        results += found.results
+        notes += found.notes
+        probes[target.detectors, target.group, target.name] = found.probes
+        guards |= _guards(target)
+        told |= {line.protocol.name: line.protocol for line in lines if line.form.startswith((TRANSFER, BLACK))}
+    facts = settings(setup, given, batch, guards)
     pages = {
         "table3": table_page(results, facts, notes, setup.data),
-        "lines": lines_page(results, facts, [lines[0].protocol for lines in known.values()], setup.data),
-        "robust": robust_page(results, facts, _radius(setup)),
+        "lines": lines_page(results, facts, list(told.values()), setup.data),
+        "robust": robust_page(results, facts, _radius(setup), probes),
     }
     files: list[Path] = []
-    for stem, page in pages.items():
+    for name, page in pages.items():
         print(page)
-        files += page.write(folder, stem)
+        files += page.write(folder, name + _subset(given))
     files += curves(results, folder)
     print("\n".join(map(str, files)))
     return files
+
+
+def _subset(given: argparse.Namespace) -> str:
+    """Ends the names of pages that show a part of the detectors or attackers; those of all of them have no end."""
+    parts = []
+    for chosen, every in ((given.detectors, ("own", "pooled")), (given.attackers, tuple(ATTACKERS))):
+        if set(chosen) != set(every):
+            parts += [name.lower() for name in every if name in chosen]
+    return "".join(f"_{part}" for part in parts)
+
+
+def _guards(target: Target) -> dict[str, str]:
+    """Hashes of the detectors of a network that has both, by whose they are."""
+    model = target.model
+    if not isinstance(model, GuidedComplementary) or target.name != "GCD":
+        return {}
+    both = [detector for detector in (model.image_detector, model.sensitivity_detector) if detector is not None]
+    whose = f"{target.detectors} ({target.group})"
+    return {whose: " ".join(weights_hash(detector)[:8] for detector in both)}
 
 
 def _targets(
@@ -214,7 +248,7 @@ def ways(setup: Setup, given: argparse.Namespace, attacker: str) -> list[Line]:
     if ATTACKERS[attacker].target != "none":
         for column in given.columns:
             if column != "additive":
-                found.append(line(column, f"_{column}", {}, models=("GCD",), column=column))
+                found.append(line(column, f"_{column}", {}, column=column))
     return found
 
 
@@ -267,7 +301,7 @@ def _radius(setup: Setup) -> float:
 
 def attacked(
     target: Target, lines: Sequence[Line], base: nn.Module, batch: Batch, given: argparse.Namespace, folder: Path
-) -> tuple[list[Result], list[str]]:
+) -> Found:
     """All attacks on one network, and what its audit says; records of earlier runs are read.
 
     Args:
@@ -275,7 +309,7 @@ def attacked(
     """
     right = fresh_labels(base, batch.image)[:, 0] == batch.label
     refused = refuses(target.model, batch.image)
-    results, notes = [], []
+    results, notes, probes = [], [], []
     for column in dict.fromkeys(line.column for line in lines):
         chosen = [line for line in lines if line.column == column and target.name in line.models]
         if not chosen:
@@ -284,10 +318,12 @@ def attacked(
         if isinstance(model, GuidedComplementary) and column != "additive":
             model = model.variant(column=column)
         where = folder / (target.detectors or "none") / target.group.lower() / f"{target.name.lower()}_{column}"
-        probed = target.name == "GCD" and column == "additive"
+        audited = target.name == "GCD" and column == "additive"
         name = " ".join(word for word in (target.name, target.detectors, target.group) if word)
-        tried, report = _tried(model, chosen, batch, where, name, given.audit if probed else 0)
-        notes += [] if report is None else _verdict(report, target)
+        tried, report = _tried(model, chosen, batch, where, name, given.audit if audited else 0)
+        if report is not None:
+            notes += _verdict(report, target)
+            probes += probed(where / "audit", model, batch)
         missed = right & refuses(model, batch.image)  # by this form of the column
         alarms = []
         for line in chosen:
@@ -300,7 +336,7 @@ def attacked(
             )
             for line, records, alarm in zip(chosen, tried, alarms, strict=True)
         ]  # fmt: skip
-    return results, notes
+    return Found(results, notes, probes)
 
 
 def _tried(
@@ -328,13 +364,15 @@ def _verdict(report: Report, target: Target) -> list[str]:
     return told + [f"audit warns, {name}: {warning}" for warning in report.warnings()]
 
 
-def settings(setup: Setup, given: argparse.Namespace, batch: Batch) -> dict[str, object]:
-    """What a reader of the figures must know."""
+def settings(setup: Setup, given: argparse.Namespace, batch: Batch, guards: Mapping[str, str]) -> dict[str, object]:
+    """What a reader of the figures must know; ``guards``: hashes of the detectors."""
     return {
         "data": f"{setup.data}, the first {len(batch.label)} test images "
         f"({min(len(batch.label), given.query_images)} for attacks by queries)",
         "networks": setup.size, "base": f"weights {weights_hash(setup.base)[:8]}",
         "detectors": f"{setup.train_pairs} training pairs per attacker",
+        "detectors' epochs": setup.epochs or "as configured",
+        "detectors' weights (image, sensitivity)": "; ".join(f"{whose} {told}" for whose, told in guards.items()),
         "betas": " ".join(f"{beta:g}" for beta in given.betas), "queries": f"{given.queries:,} per image",
         "linf": f"eps {_radius(setup):.3g}", "seed": 0,
     }  # fmt: skip

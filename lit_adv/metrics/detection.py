@@ -44,6 +44,10 @@ def auc_interval(
 ) -> Estimate:
     """The area with a bootstrap interval: percentiles over resampled images.
 
+    Where all scores are in order, or none is, every resample has the area itself, however few there are. One end is
+    then a bound instead, one-sided at ``level``: the area p at which n independent pairs would all be in order with
+    probability ``p ** n = 1 - level`` (0.05 ** (1 / n); for 200 pairs 0.985), or its mirror at 0.
+
     Args:
         samples: resamples. level: of the interval, in (0, 1).
         paired: ``adversarial[i]`` was made of ``clean[i]``; both are drawn together. False: apart from one another.
@@ -56,6 +60,11 @@ def auc_interval(
         raise ValueError(f"samples must be at least 1 and level in (0, 1), got {samples} and {level}")
     if paired and clean.numel() != adversarial.numel():
         raise ValueError(f"pairs need as many clean as adversarial scores, got {clean.numel()}, {adversarial.numel()}")
+    bound = (1 - level) ** (1 / min(clean.numel(), adversarial.numel()))
+    if clean.max() < adversarial.min():
+        return Estimate(1.0, bound, 1.0)
+    if adversarial.max() < clean.min():
+        return Estimate(0.0, 0.0, 1 - bound)
     scores = torch.cat([clean.double().cpu().flatten(), adversarial.double().cpu().flatten()]).numpy()
     n, m = clean.numel(), adversarial.numel()
     order = np.argsort(scores, kind="stable")

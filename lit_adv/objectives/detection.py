@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_adv.detector import NetworkDetector
 from lit_adv.kept import KeptByPlace
 from lit_adv.objectives.objective import Objective
+from lit_adv.response import answered
 
 
 class PairDetection(Objective):
@@ -39,7 +40,7 @@ class PairDetection(Objective):
                 f"{type(model).__name__}"
             )
         views = paired_views(model, batch, self._kept if self.keep else None)
-        scores = model.network(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
+        scores = answered(model.network, views.flatten(0, 1)).float().reshape(*views.shape[:2], 2)
         return pair_loss(scores).mean(), {"accuracy": told_apart(scores)}
 
 

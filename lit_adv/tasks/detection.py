@@ -14,6 +14,7 @@ from lit_adv.detectors.sensitivity import log_sensitivity
 from lit_adv.kept import KeptByPlace
 from lit_adv.metrics.detection import PairedAuc
 from lit_adv.objectives.detection import PairDetection, pair_loss, paired_views
+from lit_adv.response import answered
 from lit_adv.tasks.task import MeanPerImage, Task
 
 _CHUNK = 128  # images whose gradient maps are made together
@@ -49,7 +50,7 @@ class Detection(Task):
         return self.model
 
     def setup(self, stage: str) -> None:
-        """See that the pairs are about the classifier that the detector protects, and calibrate its scale."""
+        """See that the pairs are about the classifier that the detector protects."""
         self._kept = {stage: KeptByPlace() for stage in ("val", "test")}  # other pairs may stand at the same places
         if isinstance(self.objective, PairDetection):
             self.objective.forget()
@@ -62,7 +63,11 @@ class Detection(Task):
                     f"the pairs are attacks on another network (weights {attacked[:12]}) than the classifier that the "
                     f"detector protects ({own[:12]}): make pairs for this classifier, or name the one attacked"
                 )
-        if stage == "fit" and data is not None:
+
+    def on_fit_start(self) -> None:
+        """Calibrate the detector's scale, where it computes by now; one that was read to go on with stays."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and self.trainer.ckpt_path is None:
             pairs = data.dataset("train").pairs
             self.detector.calibrate(self._parts(pairs.image), self._parts(pairs.x_adv))
 
@@ -89,7 +94,7 @@ class Detection(Task):
 
     def _measure(self, stage: str, batch: Any) -> None:
         views = paired_views(self.detector, batch, self._kept[stage])
-        scores = self.detector.network(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
+        scores = answered(self.detector.network, views.flatten(0, 1)).float().reshape(*views.shape[:2], 2)
         margin = scores[..., 1] - scores[..., 0]
         values = {
             "loss": pair_loss(scores),

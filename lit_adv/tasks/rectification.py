@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_adv.archive import weights_hash
 from lit_adv.draws import Draws
+from lit_adv.objectives import Rectification as RectificationObjective
 from lit_adv.objectives.objective import correct
 from lit_adv.objectives.rectification import Masks, attacked, rectifying
 from lit_adv.suppression import suppressed
@@ -24,7 +25,8 @@ class Rectification(Task):
     patched once, by draws of its place among the pairs: the same in every epoch. Arguments are those of ``Task``.
 
     Raises:
-        ValueError: If the model is no defence with a rectifier, or the pairs are attacks on another classifier.
+        ValueError: If the model is no defence with a rectifier of its own weights, or the pairs are attacks on another
+            classifier.
     """
 
     measures = ("loss", "accuracy", "accuracy_before", "clean_accuracy")
@@ -32,12 +34,24 @@ class Rectification(Task):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         defense = rectifying(self.model)
+        own = {id(weight) for weight in defense.rectifier.parameters()}
+        if any(id(weight) in own for weight in defense.classifier.parameters()):
+            raise ValueError(
+                "the rectifier shares weights with the classifier, which would be trained with it: give a copy of the "
+                "classifier as the rectifier"
+            )
         self.model.requires_grad_(False)
         defense.rectifier.requires_grad_(True)
         self.masks = Masks()
 
     def setup(self, stage: str) -> None:
-        """See that the pairs are attacks on the classifier that is protected; put the rectifier in train mode."""
+        """See that the pairs are attacks on the classifier that is protected; put the rectifier in train mode.
+
+        What was suspected before is forgotten: the detectors may be others by now.
+        """
+        self.masks = Masks()
+        if isinstance(self.objective, RectificationObjective):
+            self.objective.masks = Masks()
         attacked_model = getattr(getattr(self._trainer, "datamodule", None), "model_hash", None)
         own = weights_hash(rectifying(self.model).classifier)
         if attacked_model not in (None, own):

@@ -259,10 +259,19 @@ def test_damaged_files_are_told(sets: list[str]) -> None:
     path = place / "pool.000000.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     save_file({"image": torch.zeros(1)}, place / "pool.000001.safetensors")
-    with pytest.warns(UserWarning, match="damaged and passed over") as told:
-        pairs = AttackedImages(place, val_share=0.0).dataset("train").pairs
-    assert pairs.index.tolist() == [i for i in range(12, 30) if i % 3]
-    assert len(told) == 2
+    with pytest.raises(ValueError, match=r"pool.000000.safetensors is damaged .*: run python -m .* again as before"):
+        AttackedImages(place).setup("fit")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pool.000000.safetensors is missing, so the adversarial images are not"):
+        AttackedImages(place).setup("fit")
+    save_file(columns(0, 12), path)
+    with pytest.raises(ValueError, match=r"pool.000001.safetensors is damaged \(it lacks columns\)"):
+        AttackedImages(place).setup("fit")
+    save_file(columns(12, 0), place / "pool.000001.safetensors")
+    save_file(columns(12, 9), place / "pool.copy.safetensors")
+    with pytest.warns(UserWarning, match=r"pool.copy.safetensors is not named as a pool and passed over: remove it"):
+        assert len(AttackedImages(place, val_share=0.0).dataset("train")) == 20
+    (place / "pool.copy.safetensors").unlink()
     (place / "attack_set.json").write_text("{")
     with pytest.raises(ValueError, match=r"attack_set.json is damaged .*: choose another folder, or remove this one"):
         AttackedImages(place).setup("fit")
@@ -270,6 +279,27 @@ def test_damaged_files_are_told(sets: list[str]) -> None:
         '{"split": "train", "model": "a", "data": {"dims": [1, 1, 1]}, "attack": {}}'
     )
     with pytest.raises(ValueError, match=r"attack_set.json is damaged"):
+        AttackedImages(place).setup("fit")
+    for lacking in ("name", "num_classes"):
+        data: dict[str, Any] = {"name": "a", "num_classes": 10, "dims": [1, 4, 4]}
+        data.pop(lacking)
+        note = {"split": "train", "model": "a", "data": data, "attack": {"class_path": "a"}}
+        (place / "attack_set.json").write_text(json.dumps(note))
+        with pytest.raises(ValueError, match=r"attack_set.json is damaged"):
+            AttackedImages(place).setup("fit")
+
+
+def test_pools_are_served_up_to_the_one_that_completes_what_was_wanted(tmp_path: Path) -> None:
+    place = Path(folder(tmp_path / "a"))
+    served = {1: 8, 8: 8, 9: 20, 100: 20}  # 8 successes in the first pool, none in the second, 12 in the third
+    for wanted, count in served.items():
+        (place / "wanted.json").write_text(json.dumps({"wanted": wanted}))
+        assert len(AttackedImages(place, val_share=0.0).dataset("train")) == count
+    (place / "pool.000001.safetensors").unlink()
+    (place / "wanted.json").write_text('{"wanted": 8}')
+    assert len(AttackedImages(place, val_share=0.0).dataset("train")) == 8  # what lies beyond may be unfinished
+    (place / "wanted.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"wanted.json is damaged .*: remove it and make the adversarial images again"):
         AttackedImages(place).setup("fit")
 
 

@@ -322,7 +322,8 @@ def test_weights_read_after_it_was_made_are_looked_at() -> None:
         ({"alpha": math.nan}, "alpha must lie in"),
         ({"share": -0.1}, r"share must lie in \[0, 1\], got -0.1"),
         ({"threshold": math.inf}, "threshold must be finite, got inf"),
-        ({"averages": 0}, "averages must be at least 1, got 0"),
+        ({"averages": 0}, "averages must be a whole number of at least 1, got 0"),
+        ({"averages": 1.5}, "averages must be a whole number of at least 1, got 1.5"),
         ({"num_classes": None}, "num_classes"),
     ],
 )

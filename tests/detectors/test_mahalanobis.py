@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from detectors.layered import Labelled, Pixels, pairs, training
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_adv.detectors.mahalanobis import Mahalanobis, class_means, whitening
 from lit_adv.models import VGG
@@ -51,6 +54,31 @@ def test_the_small_step_goes_against_the_sign_of_the_distances_gradient() -> Non
         wanted = max(-0.5 * (moved - mean) @ precision @ (moved - mean) for mean in means)
         assert float(found[n, 1, 0]) == pytest.approx(wanted, rel=1e-9)
         assert float(found[n, 1, 0]) > float(found[n, 0, 0])
+
+
+def test_many_classes_take_little_memory(generator: torch.Generator) -> None:
+    """No tensor is of images, classes and features at once."""
+    detector = fitted()
+    means = torch.rand(300, 200, generator=generator, dtype=torch.float64)
+    matrix = torch.rand(200, 150, generator=generator, dtype=torch.float64)
+    detector.means_0, detector.whitening_0 = means, matrix
+    h = torch.rand(40, 200, generator=generator, dtype=torch.float64).requires_grad_()
+    sizes: list[int] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = call(*args, **(kwargs or {}))
+            sizes.append(found.numel() if isinstance(found, Tensor) else 0)
+            return found
+
+    with Watching():
+        told = detector.confidence(0, h)
+    assert max(sizes) == 300 * 200
+    every = ((h[:, None] - means) @ matrix).square().sum(2)
+    torch.testing.assert_close(told, -every.amin(1) / 2)
+    (slope,) = torch.autograd.grad(told.sum(), h)
+    (expected,) = torch.autograd.grad(-every.amin(1).sum() / 2, h)
+    torch.testing.assert_close(slope, expected)
 
 
 def test_a_known_gaussian(generator: torch.Generator) -> None:

@@ -123,9 +123,36 @@ def test_what_cannot_be_calibrated_on_is_refused() -> None:
     with pytest.raises(ValueError, match="no training images to calibrate"):
         detector.calibrate([])
     x = images(3, 6, SHAPE)
-    x[1] = torch.nan
+
+    class Rooted(Small):
+        """Has no finite slope where an image is all black."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x)
+            return logits + x.square().sum((1, 2, 3))[:, None].sqrt() * torch.arange(4, device=x.device)
+
+    broken = SensitivityDetector(Rooted(4, SHAPE), network())
     with pytest.raises(ValueError, match="hold NaN or inf for 1 of 3 training images"):
+        broken.calibrate([torch.cat([x[:1], torch.zeros_like(x[:1]), x[2:]])])
+    x[1] = torch.nan
+    with pytest.raises(ValueError, match="images hold NaN or inf: leave them out"):
         detector.calibrate([x])
+
+
+def test_maps_too_small_for_squares_in_single_precision_keep_their_shape() -> None:
+    model, x = Linear(4, SHAPE).float(), images(2, 3, SHAPE).float()
+
+    class Given(Response):
+        """A response whose map is tiny."""
+
+        @property
+        def gradient(self) -> Tensor:
+            return super().gradient * 1e-24
+
+    detector = SensitivityDetector(model, network(), "image")
+    view, tiny = detector.view(Response(model, x)), detector.view(Given(model, x))
+    torch.testing.assert_close(tiny, view, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny.square().mean((1, 2, 3)), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
 def test_ranking_by_sensitivity_alone_has_a_floor() -> None:

@@ -21,7 +21,7 @@ from lit_adv.detectors import ImageDetector, SensitivityDetector
 from lit_adv.draws import Draws
 from lit_adv.experiments import gcd_rectified, gcd_rectifier, gcd_setup
 from lit_adv.experiments.gcd_rectified import EVERY, JUDGED, Bench, Images, attacked_images, clean_images
-from lit_adv.experiments.gcd_rectifier import PAPER, Line, end_to_end
+from lit_adv.experiments.gcd_rectifier import PAPER, Line, Own, best_alphas, end_to_end
 from lit_adv.experiments.gcd_setup import ATTACKERS, Setup
 from lit_adv.losses import cross_entropy
 from lit_adv.metrics import Records
@@ -112,7 +112,7 @@ def asked(
     """Digits for MNIST, nothing is trained; which trainings were asked for."""
     calls: list[tuple[str, ...]] = []
 
-    def trained(name: str, config: str, *flags: str, folder: Path) -> Path:
+    def trained(name: str, config: str, *flags: str, folder: Path, **more: Any) -> Path:
         calls.append((name, config, *flags))
         if "rectifier" in config:
             return write(folder / f"{name}.ckpt", cast(Any, guarded.recipe), guarded)
@@ -214,6 +214,29 @@ def test_judged_is_what_the_defence_does_to_each_image_alone(
     assert (found[:, JUDGED.index("oracle")] != found[:, JUDGED.index("pipeline")]).any()
 
 
+def test_answers_are_found_by_a_defence_that_was_never_asked(
+    guarded: GuidedComplementary, few: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "defence.ckpt", cast(Any, guarded.recipe), guarded)
+    first, second = (Bench(Setup(), tmp_path)._read(path) for _ in range(2))
+    bench = Bench(Setup(), tmp_path)
+    others = few._replace(name="others")
+    for images in (few, others):  # the first call settles what the networks share
+        bench.judged(first, images)
+        bench.swept(first, images, (0.5,), ("threshold",))
+        bench.passed(first, images)
+
+    def forbidden(*args: Any) -> Tensor:
+        raise AssertionError("an image was asked again")
+
+    monkeypatch.setattr(gcd_rectified, "label", forbidden)
+    monkeypatch.setattr(gcd_rectified, "suspects", forbidden)
+    for images in (others, few):
+        bench.passed(second, images)
+        bench.swept(second, images, (0.5,), ("threshold",))
+        bench.judged(second, images)
+
+
 def test_sweep_at_the_defences_own_alpha_is_its_oracle(
     guarded: GuidedComplementary, few: Images, tmp_path: Path
 ) -> None:
@@ -248,6 +271,29 @@ def test_end_to_end_counts_by_hand() -> None:
     assert (row["clean, pipeline"], row["attacked, pipeline"], row["half and half"]) == ("50.0", "75.0", "62.5")
     assert (row["successes"], row["of these: pipeline"], row["oracle"]) == ("3", "66.7", "100.0")
     assert row["without fine-tuning"] == "33.3"
+
+
+def test_a_distance_to_break_is_told_of_attacks_without_a_radius_alone() -> None:
+    label = torch.tensor([0, 1])
+    lines = []
+    for name in ("PGD-U", "DDN-U"):
+        images = Images(name, torch.zeros(2, 1, 2, 2), label, label, torch.tensor([True, False]))
+        judged = torch.tensor([[0, 0, 5, 1, 2], [1, 1, 1, 0, 0]])
+        lines.append(Line(name, "own", 0.55, images, judged, images, judged[:, [0, 3]]))
+    owns = {"ddn_at": {name: Own(0.5, 2.5, 4) for name in ("PGD-U", "DDN-U")}}
+    assert [row[-1] for row in end_to_end(lines, owns, {}).rows] == ["", "2.50"]
+    found = {name: torch.tensor([True, False]) for name in ("clean", "PGD-U", "DDN-U")}
+    page = gcd_rectifier.table(lines, {"f": found, "ddn_at": found}, owns, "mnist", [], {})
+    assert [row[page.heads.index("DDN-AT, attacked itself")] for row in page.rows] == ["", "50.0", "(50.0)"]
+
+
+def test_the_best_alphas_are_those_within_one_image() -> None:
+    assert best_alphas([0.0] * 9, 200) == "-"
+    assert best_alphas([10.5, 10.5, 6.5, 4.5, 5.0, 3.5, 2.5, 2.0, 2.5], 200) == "0.1-0.2: at the end"
+    assert best_alphas([54.0, 66.0, 72.0, 86.0, 79.5, 81.0, 86.0, 85.5, 85.0], 200) == "0.4, 0.7-0.8: inside"
+    assert best_alphas([0.0, 0.0, 0.0, 0.0, 50.0, 0.0, 0.0, 0.0, 0.0], 2) == (
+        "0.1-0.9: at the end"  # one image of two
+    )
 
 
 def test_an_attack_on_the_network_itself_counts_what_it_got_right_at_first(

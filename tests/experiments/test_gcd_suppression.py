@@ -97,6 +97,25 @@ def test_random_values_are_as_many_and_belong_to_the_image(
     assert torch.equal(asked[2] == 0, zeroed[rows])
 
 
+def test_random_values_may_be_taken_from_those_that_are_not_black(defence: GuidedComplementary) -> None:
+    given = pairs(defence.classifier)
+    dark = given.x_adv.clone()
+    dark[0, :, 1:] = 1 / 255  # 8 values are left, fewer than a quarter of 64
+    dark[1, :, :4] = 0.0
+    dark[2] = 0.0
+    given = given._replace(x_adv=dark)
+    found = left(defence, given, (0.0, 0.25), "bright")
+    assert found.changed.tolist() == [[0] * 5, [8, 16, 0, 16, 16]]
+    every = left(defence, given, (0.25,), "random")
+    assert 0 < int(every.changed[0, 0]) < 8
+    assert every.changed[0, 3] == 16
+    dimmed = dark[:1].clone()
+    dimmed[:, :, 0] = 0.0
+    with torch.no_grad():
+        wrong = bool((defence.classifier(dimmed).argmax(1) != given.label[:1]).item())
+    assert bool(found.success[1, 0]) == wrong
+
+
 def test_the_command_writes_the_papers_figures_beside_ours(
     defence: GuidedComplementary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +135,8 @@ def test_the_command_writes_the_papers_figures_beside_ours(
     assert [path.name for path in files] == ["suppression.md", "suppression.csv", "suppression.png"]
     with files[1].open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["attacker"] for row in rows] == ["DDN-U (paper)", "DDN-U", "DDN-U", "PGD-U", "PGD-U"]
+    assert [row["attacker"] for row in rows] == ["DDN-U (paper)", *["DDN-U"] * 3, *["PGD-U"] * 3]
+    assert [row["values really changed, 30 %"] for row in rows[2:4]] == ["19.0", "19.0"]  # none is black
     paper = rows[0]
     assert [paper[f"success left, {share} %"] for share in (0, 5, 10, 30)] == ["1.000", ".656", ".785", ""]
     found = left(defence, given, (0.05,), "image")

@@ -14,15 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_adv.attacks import DDN, PGD, CarliniWagner
+from lit_adv.archive import configuration
+from lit_adv.attacks import DDN, PGD, CarliniWagner, HopSkipJump
 from lit_adv.datamodules import Batch, Digits, ImageDataModule
 from lit_adv.defenses import GuidedComplementary
 from lit_adv.detectors import ImageDetector, SensitivityDetector
 from lit_adv.experiments import gcd_white_box_alarms as experiment
 from lit_adv.experiments.gcd_setup import ATTACKERS, Setup
-from lit_adv.experiments.gcd_white_box import OtherImages, further, measured, remade, ways
+from lit_adv.experiments.gcd_white_box import further, main, measured, remade, ways
 from lit_adv.experiments.gcd_white_box_alarms import on_alarms, refuses
-from lit_adv.experiments.gcd_white_box_table import Result, nearest, rate, robust_page, table_page
+from lit_adv.experiments.gcd_white_box_probes import probed
+from lit_adv.experiments.gcd_white_box_table import Result, lines_page, nearest, rate, robust_page, table_page
+from lit_adv.experiments.starts import OtherImages
 from lit_adv.losses import Combined
 from lit_adv.metrics import Records
 from lit_adv.metrics.summary import wilson
@@ -144,14 +147,58 @@ def test_success_counts_refused_clean_images_and_robust_accuracy_calls_them_erro
     assert near.tolist() == [1.5, 4.0, inf, 1.0, inf]
     row = dict(zip(*((page := robust_page(ways, {}, 0.3)).heads, page.rows[0]), strict=True))
     assert row["right and not refused when clean, %"] == "50.0"
-    assert row["L2 1: robust, %"].startswith("50.0 ")  # the nearest success lies at 1.5
-    assert row["L2 2: robust, %"].startswith("33.3 ")
-    assert row["L2 inf: robust, %"] == f"16.7 {interval(wilson(1, 6))}"
-    assert row["linf 0.3: robust, %"].startswith("50.0 ")
+    assert row["L2 1: not broken by these ways, %"].startswith("50.0 ")  # the nearest success lies at 1.5
+    assert row["L2 2: not broken by these ways, %"].startswith("33.3 ")
+    assert row["L2 inf: not broken by these ways, %"] == f"16.7 {interval(wilson(1, 6))}"
+    assert row["linf 0.3: not broken by these ways, %"] == ""  # no way of this norm
     table = table_page(ways, {}, [], "mnist")
     cells = dict(zip(table.heads, table.rows[0], strict=True))
     assert (cells["GCD direct"], cells["GCD eq. 14"], cells["GCD every way"]) == ("40.0", "20.0 (beta 1)", "60.0")
     assert (cells["paper: NoDET"], cells["paper: DET_IS"], cells["paper: GCD"]) == ("100.0", "0.4", "94.1")
+
+
+def test_what_the_audit_broke_counts_as_broken_and_pooled_networks_stand_first() -> None:
+    tried = records({0: False, 1: False, 2: False})
+    alarms = records({4: False, 5: False})
+    own = dataclasses.replace(result("direct", tried, alarms), norm="linf", eps=0.3)
+    pooled = dataclasses.replace(own, detectors="pooled", group="all")
+    near, far = records({0: True, 1: False}, {0: 1.0}), records({1: True}, {1: 2.0})  # linf is a quarter
+    page = robust_page([own, pooled], {}, 0.3, {("own", "DDN-U", "GCD"): [near, far], ("pooled", "all", "GCD"): []})
+    first, second = (dict(zip(page.heads, row, strict=True)) for row in page.rows)
+    assert (first["detectors"], second["detectors"]) == ("pooled", "own")
+    head = "linf 0.3: not broken by these ways, %"
+    assert first[head] == f"50.0 {interval(wilson(3, 6))}"
+    assert second[head] == f"33.3 {interval(wilson(2, 6))}"  # the second probe broke beyond 0.3
+    assert [row["images probed by the audit"] for row in (first, second)] == ["", "2"]
+    assert all(row[f"L2 {radius}: not broken by these ways, %"] == "" for row in (first, second) for radius in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ((2, 1, 0), "40.0 (beta 0.1, lower edge)"), ((1, 2, 1), "40.0 (beta 1)"),
+        ((1, 2, 2), "40.0 (beta 1, 10, upper edge)"),
+        ((0, 0, 0), "0.0 (every beta)"),
+    ],
+)  # fmt: skip
+def test_the_best_weight_is_told_with_its_ties_and_edges(broken: tuple[int, ...], said: str) -> None:
+    alarms = records({4: False, 5: False})
+    ways = [
+        result(f"beta {beta}", records({i: i < count for i in range(3)}), alarms)
+        for beta, count in zip((0.1, 1, 10), broken, strict=True)
+    ]
+    cells = dict(zip((page := table_page(ways, {}, [], "mnist")).heads, page.rows[0], strict=True))
+    assert cells["GCD eq. 14"] == said
+
+
+def test_the_papers_distance_stands_beside_many_successes_alone() -> None:
+    none, right = Records.empty(), torch.ones(12, dtype=torch.bool)
+    for count, paper in ((10, "10.252"), (9, "")):
+        found = records({i: i < count for i in range(12)})
+        way = Result("own", "DDN-U", "GCD", "DDN-U", "beta 1", found, none, right, ~right)
+        page = lines_page([way], {}, [], "mnist")
+        cells = dict(zip(page.heads, page.rows[0], strict=True))
+        assert (cells["successes"], cells["paper: mean L2"]) == (str(count), paper)
 
 
 def test_attackers_follow_equation_14_with_every_weight(tmp_path: Path) -> None:
@@ -214,6 +261,17 @@ def test_beginnings_are_the_nearest_images_of_another_class() -> None:
             assert torch.equal(found[row], known.image[best])
 
 
+def test_records_tell_where_an_attack_began() -> None:
+    known = digits(20)
+    starts = OtherImages(known.image, known.label)
+    told = configuration(HopSkipJump(ThreatModel("l2", "inf"), starts=starts))["init_args"]["starts"]
+    assert told["class_path"] == "lit_adv.experiments.starts.OtherImages"
+    again, fewer = OtherImages(known.image, known.label), OtherImages(known.image[:19], known.label[:19])
+    others = OtherImages(known.image, known.label.flip(0))
+    assert told == configuration(again)
+    assert len({starts.known_by, fewer.known_by, others.known_by}) == 3
+
+
 def test_images_refused_when_clean_are_attacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, batch = base(), digits(60)
     model = guarded(net)
@@ -245,14 +303,20 @@ def test_a_tiny_run_comes_to_its_end_and_is_not_made_again(tmp_path: Path, capsy
     flags = given(tmp_path, attackers=["CW-U", "DDN-T"], betas=[1.0], images=4, query_images=2)
     files = measured(setup, flags)
     names = {path.name for path in files}
-    assert {"table3.md", "table3.csv", "lines.md", "robust.md", "cw-u_own.png", "ddn-t_pooled.png"} <= names
-    table = (tmp_path / setup.tag / "table3.md").read_text()
+    part = "cw-u_ddn-t"
+    pages = {f"table3_{part}.md", f"table3_{part}.csv", f"lines_{part}.md", f"robust_{part}.md"}
+    assert {*pages, "cw-u_own.png", "ddn-t_pooled.png"} <= names
+    table = (tmp_path / setup.tag / f"table3_{part}.md").read_text()
+    lines = (tmp_path / setup.tag / f"lines_{part}.md").read_text()
+    assert all(f"* {word}" in lines for word in ("square: ", "nattack: ", "hopskipjump: ", "transfer_kappa5: "))
     for words in (
         "| own | CW-U |",
         "| pooled | DDN-T |",
         "transfer, kappa 10",
         "| pooled | HopSkipJump |",
         "paper: GCD",
+        "detectors' epochs as configured",
+        "own (CW-U) ",
     ):
         assert words in table
     shown = capsys.readouterr().out
@@ -266,3 +330,42 @@ def test_a_tiny_run_comes_to_its_end_and_is_not_made_again(tmp_path: Path, capsy
 def test_sizes_that_are_no_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--queries must be at least 1, got 0"):
         measured(Tiny(), given(tmp_path, queries=0))
+
+
+def test_a_run_of_a_part_leaves_the_pages_of_the_whole(tmp_path: Path) -> None:
+    setup = Tiny()
+    fixed: dict[str, Any] = {"betas": [], "images": 2, "query_images": 1, "extras": [], "columns": ["additive"]}
+    whole = {path.name for path in measured(setup, given(tmp_path, **fixed))}
+    assert {"table3.md", "lines.md", "robust.md"} <= whole
+    kept = (tmp_path / setup.tag / "table3.md").read_text()
+    for detectors, attackers, stem in (
+        (["pooled"], list(ATTACKERS), "table3_pooled.md"),
+        (["own"], ["DDN-U", "FGSM-U"], "table3_own_fgsm-u_ddn-u.md"),
+    ):
+        flags = given(tmp_path, detectors=detectors, attackers=attackers, **fixed)
+        assert stem in {path.name for path in measured(setup, flags)}
+    assert (tmp_path / setup.tag / "table3.md").read_text() == kept
+
+
+def test_the_audits_records_of_this_network_are_found(tmp_path: Path) -> None:
+    net, batch = base(), digits(12)
+    model = guarded(net)
+    protocol = Protocol(name="linf_0.3_pgd10", attack=PGD(ThreatModel("linf", 0.3), 5))
+    trial = Trial(protocol, model, dirpath=tmp_path)
+    trial.add(batch)
+    made = trial.close().unique()
+    (found,) = probed(tmp_path, model, batch)
+    assert found.index.tolist() == made.index.tolist()
+    assert torch.equal(found.verified, made.verified)
+    moved = Batch(1 - batch.image, batch.label, batch.index)
+    assert probed(tmp_path, model, moved) == []  # other images under the same places
+    assert probed(tmp_path, model.variant(threshold=9.0), batch) == []  # another network
+
+
+@pytest.mark.parametrize(
+    "flags", [["--images", "0"], ["--queries", "-2"], ["--audit", "-1"], ["--betas", "1", "nan"], ["--betas", "-1"]]
+)
+def test_bad_numbers_end_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert f"argument {flags[0]}: must be finite and at least" in capsys.readouterr().err

@@ -58,6 +58,21 @@ def test_other_settings_are_refused(calls: list[list[str]], tmp_path: Path) -> N
     assert len(calls) == 1
 
 
+def test_what_learnt_from_something_else_is_refused_where_that_is_known(calls: list[list[str]], tmp_path: Path) -> None:
+    def again(**hashes: str) -> Path:
+        return trained("small", "digits_standard", folder=tmp_path, learnt_from=hashes)
+
+    path = again(base="a", sets="b")
+    assert json.loads(path.with_suffix(".json").read_text())["learnt_from"] == {"base": "a", "sets": "b"}
+    assert again(base="a", sets="b") == again(base="a", further="c") == again() == path
+    with pytest.raises(ValueError, match=r"small.ckpt learnt from another sets: move it away"):
+        again(base="a", sets="c")
+    note = {"config": "digits_standard", "overrides": []}
+    path.with_suffix(".json").write_text(json.dumps(note))  # a note without hashes stays good
+    assert again(base="z") == path
+    assert len(calls) == 1
+
+
 def test_a_file_put_there_by_hand_is_taken(calls: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "mine.ckpt").touch()
     assert trained("mine", "digits_standard", folder=tmp_path) == tmp_path / "mine.ckpt"
@@ -90,6 +105,32 @@ def test_a_training_broken_off_goes_on_from_its_newest_state() -> None:
     assert "--ckpt_path" not in other
     third = command("small", "digits_madry", Path("c.ckpt"), "--epochs=3")
     assert len({run, other[other.index("--name") + 1], third[third.index("--name") + 1]}) == 3
+
+
+def test_what_came_to_its_end_is_trained_anew_once_it_was_moved_away(tmp_path: Path) -> None:
+    """By a real training."""
+    words = [
+        "--epochs=1",
+        "--data.max_train=64",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    first = trained("small", "digits_standard", *words, folder=tmp_path)
+    run = Path("runs", next(Path("runs").iterdir()).name)
+    assert len(list(run.glob("version_*/checkpoints/last.ckpt"))) == 1
+    for file in (first, first.with_suffix(".json")):
+        file.unlink()
+    assert "--ckpt_path" not in command("small", "digits_standard", first, *words)
+    # broken off after that, it goes on; a checkpoint that is there says that what made it has come to its end
+    state = run / "version_1" / "checkpoints" / "last.ckpt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    later = command("small", "digits_standard", first, *words)
+    assert later[later.index("--ckpt_path") + 1] == str(state)
+    first.touch()
+    trained("small", "digits_standard", *words, folder=tmp_path)
+    assert "--ckpt_path" not in command("small", "digits_standard", first, *words)
 
 
 def test_an_unknown_configuration_lists_the_known() -> None:

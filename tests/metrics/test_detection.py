@@ -113,7 +113,20 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say_and_shrink() -> Non
     )
     assert many.high - many.low < (few.high - few.low) / 4
     perfect = auc_interval(torch.arange(5.0), torch.arange(5.0) + 10, 50)
-    assert tuple(perfect) == (1, 1, 1)
+    assert tuple(perfect) == pytest.approx((1, 0.05 ** (1 / 5), 1))
+
+
+def test_an_area_at_its_end_has_a_bound_that_knows_how_many_pairs_there_are() -> None:
+    """Resampled, what is in order stays so: the bound is where that is seen in one of twenty samples."""
+    low, high = torch.arange(40.0), torch.arange(40.0) + 100
+    first, last = auc_interval(low, high, 20), auc_interval(high, low, 20, level=0.9)
+    assert (first.value, first.high) == (1, 1)
+    assert first.low**40 == pytest.approx(0.05)
+    assert (last.value, last.low) == (0, 0)
+    assert (1 - last.high) ** 40 == pytest.approx(0.1)
+    assert auc_interval(low, high[:9], 20, paired=False).low ** 9 == pytest.approx(0.05)
+    tied = auc_interval(torch.zeros(6), torch.tensor([0.0, *[1.0] * 5]), 200)
+    assert tied.low < tied.value < 1  # 33 of 36 pairs: not at the end
 
 
 @pytest.mark.parametrize("arguments", [{"samples": 0}, {"level": 0.0}, {"level": 1.0}])

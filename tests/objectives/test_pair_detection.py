@@ -100,6 +100,15 @@ def test_views_are_maps_of_clean_and_adversarial_images_without_a_graph() -> Non
         torch.testing.assert_close(views[:, member], Response(model.classifier, x).gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_detector_in_half_precision_is_trained_in_it(dtype: torch.dtype) -> None:
+    model, batch = counting(), pairs()
+    expected, _ = PairDetection()(model, batch)
+    found, _ = PairDetection()(model.to(dtype), batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model must be a detector with a network, .*got DigitsNet"):
         PairDetection()(DigitsNet(), pairs())

@@ -162,6 +162,28 @@ def test_the_scale_is_that_of_training_pairs_alone(folder: Path) -> None:
     assert float(task.detector.get_buffer("scale")) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_scale_is_fitted_where_the_detector_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before the trainer has moved it, and not anew where a training goes on."""
+    task, pairs = detection("SensitivityDetector", folder), data(folder)
+    trainer = Trainer(max_epochs=1, logger=False, **QUIET)
+    moved: list[bool] = []
+    monkeypatch.setattr(type(trainer.strategy), "model_to_device", lambda self: moved.append(True))
+    inner = task.detector.calibrate
+    seen: list[int] = []
+
+    def calibrate(*given: Any) -> None:
+        seen.append(len(moved))
+        inner(*given)
+
+    task.detector.calibrate = calibrate  # type: ignore[assignment]
+    trainer.fit(task, pairs)
+    assert seen == [1]
+    trainer.save_checkpoint(folder / "half.ckpt")
+    again = detection("SensitivityDetector", folder)
+    Trainer(max_epochs=2, logger=False, **QUIET).fit(again, data(folder, max_pairs=60), ckpt_path=folder / "half.ckpt")
+    assert torch.equal(again.detector.get_buffer("scale"), task.detector.get_buffer("scale"))
+
+
 def test_each_set_of_pairs_is_measured_by_itself(folder: Path) -> None:
     """Other pairs stand at the same places: what was kept of the first must not serve for them."""
     task = detection("ImageDetector", folder)

@@ -172,6 +172,34 @@ def test_pairs_of_another_classifier_are_refused(trained: tuple[nn.Module, Attac
         Trainer(max_epochs=1, **QUIET).fit(task, data)
 
 
+def test_suspects_are_those_of_the_detectors_that_there_are(trained: tuple[nn.Module, AttackedBatch]) -> None:
+    """Other weights are read into the same defence between two measurements."""
+    classifier, pairs = trained
+    defence, data, trainer = defence_of(classifier), PairData(pairs, held=50), Trainer(**QUIET)
+    objective = Objective()
+    task = Rectification(defence, objective)
+    trainer.validate(task, data, verbose=False)
+    objective.masks(defence, pairs.x_adv[:3])
+    assert defence.image_detector is not None
+    assert defence.sensitivity_detector is not None
+    torch.manual_seed(7)
+    for detector in (defence.image_detector, defence.sensitivity_detector):
+        detector.network.load_state_dict(DigitsNet(num_classes=2, filters=(4, 4), hidden=8).state_dict())
+    trainer.validate(task, data, verbose=False)
+    x = pairs.x_adv[:3]
+    assert torch.equal(objective.masks(defence, x), defence.suspects(x))
+    held = data.part(False).x_adv
+    assert torch.equal(task.masks(defence, held), defence.suspects(held))
+
+
+def test_a_rectifier_that_is_the_classifier_is_refused(trained: tuple[nn.Module, AttackedBatch]) -> None:
+    classifier, _ = trained
+    defence = defence_of(classifier)
+    with pytest.raises(ValueError, match="the rectifier shares weights with the classifier, which would be trained"):
+        Rectification(defence.variant(rectifier=classifier))
+    assert not any(weight.requires_grad for weight in classifier.parameters())
+
+
 def test_a_model_without_rectifier_is_refused(trained: tuple[nn.Module, AttackedBatch]) -> None:
     with pytest.raises(ValueError, match="must be a defence with a rectifier"):
         Rectification(trained[0])
