@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,17 +107,3 @@ def test_bad_input_is_named() -> None:
     x[0, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN or inf"):
         detector.score(x)
-
-
-@pytest.mark.data
-def test_noise_is_less_probable_than_digits_to_a_trained_density(image_data: Any) -> None:
-    from lit_adv.datamodules import MNIST
-    from lit_adv.tasks import Checkpoint
-
-    path = Path(__file__).resolve().parents[2] / "checkpoints" / "mnist_pixelcnn.ckpt"
-    if not path.is_file():
-        pytest.skip(f"{path} has not been trained")
-    x = MNIST(data_dir=image_data("MNIST")).dataset("test").__getitems__(range(16)).image
-    noisy = (x + 0.1 * torch.rand_like(x).sub(0.5).sign()).clamp(0, 1)
-    detector = Likelihood(None, Checkpoint(path))
-    assert (detector.score(noisy) > detector.score(x).max()).all()
