@@ -12,7 +12,6 @@ that completes what was wanted, and no others that some process may have made be
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -115,21 +114,15 @@ def make_attack_set(
     check_least(0, first=first, budget=budget)
     model = moved(model, device)
     data.prepare_data()
-    dataset = copy.copy(data.dataset(split))
-    dataset.transform = None
+    dataset = data.untransformed(split)
     places = torch.arange(len(dataset))[first : first + images]
     if not len(places):
         raise ValueError(f"first must be less than the {len(dataset)} images of split {split!r}, got {first}")
     _look_first(attack, model, dataset, places, data.num_classes)
     pools = attacked_pools(folder)
     settings = {"split": split, "first": first, "pool": pool, "target": target, "quantise": quantise, "budget": budget}
-    if attack.needs_fit:
-        # before a file is written into what may be another set's folder
-        pools.refuse(identity(attack, model, data, dataset, settings), but=["learnt"])
-        pools.folder.mkdir(parents=True, exist_ok=True)
-        seen = data.training_images()
-        attack.fit(seen.image, seen.label, str(pools.folder / "fitted.safetensors"))
-    pools.begin(identity(attack, model, data, dataset, settings), rank, wanted)
+    _fit(attack, data, pools, identity(attack, model, data, dataset, settings))
+    pools.begin(identity(attack, model, data, dataset, settings), rank, wanted)  # anew: it knows what was learnt
 
     def make(chosen: list[int]) -> dict[str, Tensor]:
         batch = dataset.__getitems__(chosen)
@@ -141,12 +134,27 @@ def make_attack_set(
     with evaluating(model):
         pools.fill(places, pool, make, rank, world, progress, enough)
     made = counted(pools, len(places), pool, wanted)
-    if not made.missing and not made.successes:
-        name, why = type(attack).__name__, f"{type(model).__name__} is right about none of them: choose its own data"
-        if made.right:
-            why = "give it more images or steps, a larger radius or budget"
-        raise ValueError(f"{name} broke none of {made.tried} images ({made.right} of them right at first): {why}")
+    _refuse_fruitless(made, attack, model)
     return made
+
+
+def _fit(attack: Attack, data: ImageDataModule, pools: Pools, note: dict[str, Any]) -> None:
+    """Have an attack learn what it needs, beside the images it will make."""
+    if not attack.needs_fit:
+        return
+    pools.refuse(note, but=["learnt"])  # before a file is written into what may be another set's folder
+    pools.folder.mkdir(parents=True, exist_ok=True)
+    seen = data.training_images()
+    attack.fit(seen.image, seen.label, str(pools.folder / "fitted.safetensors"))
+
+
+def _refuse_fruitless(made: Made, attack: Attack, model: nn.Module) -> None:
+    if made.missing or made.successes:
+        return
+    name, why = type(attack).__name__, f"{type(model).__name__} is right about none of them: choose its own data"
+    if made.right:
+        why = "give it more images or steps, a larger radius or budget"
+    raise ValueError(f"{name} broke none of {made.tried} images ({made.right} of them right at first): {why}")
 
 
 def attacked(

@@ -106,8 +106,7 @@ def make_pairs(
     check_least(0, first=first, budget=budget)
     model = moved(model, device)
     data.prepare_data()
-    dataset = copy.copy(data.dataset("train"))  # never a test image
-    dataset.transform = None
+    dataset = data.untransformed("train")  # never a test image
     places = torch.arange(len(dataset))[first : first + images]
     if not len(places):
         raise ValueError(f"first must be less than the {len(dataset)} training images, got {first}")

@@ -137,9 +137,14 @@ class ImageDataModule(LightningDataModule, ABC):
         Args:
             most: the first so many of the split's random order.
         """
-        dataset = copy.copy(self.dataset("train"))
-        dataset.transform = None
+        dataset = self.untransformed("train")
         return dataset.__getitems__(range(min(most, len(dataset))))
+
+    def untransformed(self, split: Split) -> ImageDataset:
+        """The images of one split as they are stored, whatever transforms the loaders apply."""
+        dataset = copy.copy(self.dataset(split))
+        dataset.transform = None
+        return dataset
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of training images, in a new order every epoch if ``shuffle``."""

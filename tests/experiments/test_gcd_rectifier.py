@@ -221,10 +221,12 @@ def test_answers_are_found_by_a_defence_that_was_never_asked(
     first, second = (Bench(Setup(), tmp_path)._read(path) for _ in range(2))
     bench = Bench(Setup(), tmp_path)
     others = few._replace(name="others")
-    for images in (few, others):  # the first call settles what the networks share
-        bench.judged(first, images)
-        bench.swept(first, images, (0.5,), ("threshold",))
-        bench.passed(first, images)
+
+    def answers(defence: GuidedComplementary, images: Images) -> list[Tensor]:
+        swept = bench.swept(defence, images, (0.5,), ("threshold",))
+        return [bench.judged(defence, images), swept, bench.passed(defence, images)]
+
+    noted = {images.name: answers(first, images) for images in (few, others)}  # settles what the networks share
 
     def forbidden(*args: Any) -> Tensor:
         raise AssertionError("an image was asked again")
@@ -232,9 +234,8 @@ def test_answers_are_found_by_a_defence_that_was_never_asked(
     monkeypatch.setattr(gcd_rectified, "label", forbidden)
     monkeypatch.setattr(gcd_rectified, "suspects", forbidden)
     for images in (others, few):
-        bench.passed(second, images)
-        bench.swept(second, images, (0.5,), ("threshold",))
-        bench.judged(second, images)
+        found = answers(second, images)
+        assert all(torch.equal(now, then) for now, then in zip(found, noted[images.name], strict=True))
 
 
 def test_sweep_at_the_defences_own_alpha_is_its_oracle(
